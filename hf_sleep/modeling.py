@@ -1,0 +1,558 @@
+"""SleepForCausalLM: a pretrained decoder LM that sleeps."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .cache import SleepCache
+from .config import SleepConfig, SleepLMConfig
+from .decoders import Decoder, decoder_for
+from .layers import FastWeightBlock
+from .sleep import Piece, Sleeper
+
+
+logger = logging.get_logger(__name__)
+
+# What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+@dataclass
+class Layout:
+    """Where the real tokens of a call's columns are.
+
+    Args:
+        start: first real column per row.
+        counts: real tokens per row.
+        width: columns of the call.
+    """
+
+    start: list[int]
+    counts: list[int]
+    width: int
+
+    def compact(self, t: torch.Tensor) -> torch.Tensor:
+        """`[B, width, ...]` with each row's real tokens moved to the front."""
+        if not any(self.start):
+            return t
+        column = torch.arange(max(1, *self.counts), device=t.device)
+        index = (column + torch.tensor(self.start, device=t.device).unsqueeze(1)).clamp(max=self.width - 1)
+        return torch.take_along_dim(t, index.view(*index.shape, *(1,) * (t.dim() - 2)), dim=1)
+
+
+class SleepForCausalLM(PreTrainedModel, GenerationMixin):
+    """A base decoder LM (`lm`, untouched) with fast-weight blocks (`fast_weights`), run window by window.
+
+    Make one from a base with `AutoModelForSleepLM.from_pretrained`, or from a model in memory with `from_base`.
+
+    Args:
+        config: how it is built and how it sleeps.
+        lm: the base model; built from `config.text_config` where it is not given.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099).
+    """
+
+    config_class = SleepLMConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["FastWeightBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _is_stateful = True
+
+    def __init__(self, config: SleepLMConfig, lm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
+        sleep, text = config.sleep, config.text_config
+        decoder_for(self.lm)
+        self.fast_weights = nn.ModuleDict(
+            {
+                str(layer): FastWeightBlock(
+                    sleep.block_kind,
+                    text.hidden_size,
+                    sleep.block_num_heads,
+                    sleep.block_head_dim,
+                    sleep.block_expand_v,
+                    sleep.block_conv_size,
+                    getattr(text, "rms_norm_eps", 1e-6),
+                )
+                for layer in sleep.block_layers
+            }
+        )
+        self.gradient_checkpointing = False
+        self._may_be_untrained = True
+        if lm is None:
+            self.post_init()
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel, sleep: SleepConfig | None = None) -> "SleepForCausalLM":
+        """Retrofit a loaded base model: wrap it and give it fresh fast-weight blocks that add nothing yet.
+
+        Args:
+            base: a causal LM of a known family, on any device, quantised or not. It is wrapped, not copied.
+            sleep: how to sleep; defaults to `SleepConfig()`.
+
+        Raises:
+            ValueError: an unknown family, or settings that do not fit the base.
+        """
+        decoder = decoder_for(base)
+        attention = base.config._attn_implementation
+        config = SleepLMConfig(
+            text_config=base.config,
+            sleep=sleep or SleepConfig(),
+            base_model_name_or_path=base.config._name_or_path or None,
+            dtype=base.dtype,
+        )
+        config._attn_implementation = attention
+        with torch.device("meta"):
+            model = cls(config, lm=base)
+        for layer, block in model.fast_weights.items():
+            block.to_empty(device=_device_of(decoder.layers[int(layer)]))
+            block.to(base.dtype)
+            for gate in (block.mixer.A_log, block.mixer.dt_bias):
+                gate.data = gate.data.to(torch.promote_types(base.dtype, torch.float32))
+            with torch.no_grad():
+                block.init_weights(getattr(base.config, "initializer_range", 0.02))
+        model.generation_config = base.generation_config
+        model.post_init()
+        return model.train(base.training)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FastWeightBlock):
+            with torch.no_grad():
+                module.init_weights(getattr(self.config.text_config, "initializer_range", 0.02))
+
+    @property
+    def decoder(self) -> Decoder:
+        """How the base's layers are run."""
+        return decoder_for(self.lm)
+
+    def _sleeper(self) -> Sleeper:
+        return Sleeper(self.decoder, self.fast_weights, self.config.sleep, self.gradient_checkpointing and self.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm.set_output_embeddings(new_embeddings)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole (window, pass) is
+        # checkpointed here instead.
+        self.gradient_checkpointing = enable
+
+    # Forward.
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SleepCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        sleep_passes: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Read tokens; sleep whenever a window is full and another token comes.
+
+        Args:
+            input_ids: `[B, T]` token ids.
+            attention_mask: `[B, T]`, or `[B, past + T]` as generate passes it; 0 at pads, which may stand at either end.
+            past_key_values: the cache to go on from; is moved on, and left as it was when an error is raised.
+            inputs_embeds: `[B, T, C]` instead of `input_ids`.
+            labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window. Targets
+                at pads are ignored.
+            use_cache: return a cache; by default when one was passed.
+            logits_to_keep: how many of the last columns need logits; 0 for all.
+            sleep_passes: N for the sleeps of this call; by default the config's.
+            num_items_in_batch: what to divide the summed loss by, as Trainer gives it; by default the number of targets.
+            output_attentions: refused.
+            output_hidden_states: refused.
+            return_dict: `False` for a tuple.
+
+        Returns:
+            `CausalLMOutputWithPast` with `logits` `[B, T or logits_to_keep, vocab]` (zeros at pads), `loss` and
+            `past_key_values`. In training with `labels`, `logits` is `None`: they are made only where a target wants them.
+
+        Raises:
+            ValueError: for input that cannot be read, before anything has changed.
+
+        Source: Lee et al. 2026, Alg. 1.
+        """
+        passes = self._check_passes(sleep_passes)
+        if output_attentions or output_hidden_states:
+            raise ValueError(
+                "output_attentions and output_hidden_states are not supported: a window's layers run several times, so there is "
+                "no one answer. Run model.decoder's layers to look inside"
+            )
+        cache = self._check_cache(past_key_values)
+        layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, cache)
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
+        embeds = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        sleeper = self._sleeper()
+        if cache.is_empty:
+            cache.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
+        self._warn_if_untrained(cache, layout)
+
+        targets = None if labels is None else layout.compact(_next_labels(labels, layout))
+        lean = targets is not None and self.training
+        keep = logits_to_keep or layout.width
+        wanted = _wanted(targets if lean else None, layout, keep)
+        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted)
+        if lean:
+            logits, total = None, self._loss_of_pieces(pieces, targets, embeds)
+        else:
+            logits = self._logits_of_pieces(pieces, layout, keep, embeds)
+            total = None if targets is None else self._loss_of_logits(logits, labels, layout)
+        loss = None
+        if total is not None:
+            count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+        cache.columns += layout.width
+        if past_key_values is not None:
+            past_key_values.assign(cache)
+            cache = past_key_values
+        use_cache = past_key_values is not None if use_cache is None else use_cache
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return output.to_tuple() if return_dict is False else output
+
+    def sleep(self, past_key_values: SleepCache, sleep_passes: int | None = None) -> SleepCache:
+        """Sleep now, on windows that are not full: in idle time, or at the end of a document.
+
+        Args:
+            past_key_values: is moved on; rows that have read nothing since their last sleep are left alone.
+            sleep_passes: N; by default the config's. Each window was already read once, so this runs N - 1 passes.
+
+        Returns:
+            `past_key_values`.
+
+        Raises:
+            ValueError: a cache that this model did not write, or an impossible N.
+        """
+        passes = self._check_passes(sleep_passes)
+        cache = self._check_cache(past_key_values)
+        if cache.is_empty:
+            raise ValueError("past_key_values has read nothing yet: there is nothing to sleep on")
+        self._sleeper().consolidate(cache, list(range(len(cache.rows))), passes)
+        past_key_values.assign(cache)
+        return past_key_values
+
+    # Logits and loss.
+
+    def _logits_of_pieces(
+        self, pieces: Iterator[Piece], layout: Layout, keep: int, embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """`[B, keep, vocab]` in the caller's columns, zeros at pads."""
+        parts = [piece for piece in pieces if piece.hidden is not None]
+        batch = len(layout.counts)
+        first = layout.width - keep
+        whole = all(len(p.rows) == batch and len(set(p.start)) == len(set(p.counts)) == 1 for p in parts)
+        if parts and whole and not any(layout.start) and set(layout.counts) == {layout.width}:
+            hidden = torch.cat([p.hidden for p in parts], dim=1)  # type: ignore[misc]
+            return self.decoder.logits(hidden[:, -keep:])
+        # Out of place, so that an eval-mode loss still has its gradient.
+        rows, columns, tokens = [], [], []
+        for piece in parts:
+            for i, (b, start, count) in enumerate(zip(piece.rows, piece.start, piece.counts, strict=True)):
+                column = torch.arange(count) + start + layout.start[b]
+                inside = column >= first
+                rows.append(torch.full_like(column[inside], b))
+                columns.append(column[inside] - first)
+                tokens.append(piece.hidden[i, :count][inside.to(piece.hidden.device)])  # type: ignore[index]
+        vocab = self.get_output_embeddings().weight.shape[0]
+        if not tokens:
+            return embeds.new_zeros(batch, keep, vocab)
+        logits = self.decoder.logits(torch.cat(tokens))
+        index = (torch.cat(rows).to(logits.device), torch.cat(columns).to(logits.device))
+        return logits.new_zeros(batch, keep, vocab).index_put(index, logits)
+
+    def _loss_of_logits(self, logits: torch.Tensor, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Summed cross-entropy of logits in the caller's columns."""
+        targets = _next_labels(labels, layout)[:, -logits.shape[1] :].to(logits.device)
+        return F.cross_entropy(_high(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+    def _loss_of_pieces(self, pieces: Iterator[Piece], targets: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Summed cross-entropy, window by window: logits are made only where there is a target, and not kept."""
+        total: torch.Tensor | None = None
+        for piece in pieces:
+            if piece.hidden is None:
+                continue
+            index = torch.tensor(piece.rows).unsqueeze(1), torch.tensor(piece.start).unsqueeze(1) + torch.arange(
+                piece.hidden.shape[1]
+            )
+            inside = torch.arange(piece.hidden.shape[1]) < torch.tensor(piece.counts).unsqueeze(1)
+            window = targets.cpu()[index[0], index[1].clamp(max=targets.shape[1] - 1)].masked_fill(~inside, -100)
+            chosen = (window != -100).nonzero(as_tuple=True)
+            hidden = piece.hidden[chosen[0].to(piece.hidden.device), chosen[1].to(piece.hidden.device)]
+            here = window[chosen].to(hidden.device)
+            if self.gradient_checkpointing:
+                part = checkpoint(self._cross_entropy, hidden, here, use_reentrant=False)
+            else:
+                part = self._cross_entropy(hidden, here)
+            total = part if total is None else total + part
+        # With nothing to predict the loss is 0, and still has a graph: a rank without targets must run its backward too.
+        return embeds.float().sum() * 0.0 if total is None else total
+
+    def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.decoder.logits(hidden)
+        return F.cross_entropy(_high(logits), targets.to(logits.device), reduction="sum")
+
+    # Checks: all of them before anything changes.
+
+    def _check_passes(self, sleep_passes: int | None) -> int:
+        passes = self.config.sleep.sleep_passes if sleep_passes is None else sleep_passes
+        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
+            raise ValueError(f"sleep_passes={sleep_passes!r}: it must be an integer of at least 1 (1 is the plain hybrid)")
+        return passes
+
+    def _check_cache(self, cache: SleepCache | None) -> SleepCache:
+        """A private copy of the cache to work on, so that an error leaves the caller's as it was."""
+        if cache is None:
+            return SleepCache()
+        if not isinstance(cache, SleepCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: a sleeping model needs a hf_sleep.SleepCache (make an empty one, "
+                "or let generate make it)"
+            )
+        if not cache.is_empty and not cache.belongs_to(self):
+            raise ValueError(
+                "past_key_values was written by another model, whose fast weights mean nothing to this one: start with an empty "
+                "SleepCache"
+            )
+        return cache.fork()
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        cache: SleepCache,
+    ) -> Layout:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if given.dim() != 2 or not given.numel():
+            raise ValueError(f"the input has shape {tuple(given.shape)}: it must be [batch, tokens], with at least one token")
+        if inputs_embeds is None:
+            vocab = self.get_input_embeddings().weight.shape[0]
+            low, high = (int(n) for n in torch.aminmax(given))
+            if low < 0 or high >= vocab:
+                raise ValueError(f"input_ids hold {low if low < 0 else high}: ids must be from 0 to {vocab - 1}")
+        batch, width = given.shape
+        if not cache.is_empty and len(cache.rows) != batch:
+            raise ValueError(
+                f"past_key_values holds {len(cache.rows)} sequences, the input {batch}: use cache.batch_select_indices or "
+                "batch_repeat_interleave to match them"
+            )
+        if labels is not None and labels.shape != given.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, the input {tuple(given.shape)}: they must be the same (the shift by "
+                "one token is done inside)"
+            )
+        if attention_mask is None:
+            return Layout([0] * batch, [width] * batch, width)
+        if attention_mask.dim() != 2 or attention_mask.shape not in ((batch, width), (batch, cache.columns + width)):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: it must be {(batch, width)}"
+                + (f" or, with the past, {(batch, cache.columns + width)}" if cache.columns else "")
+            )
+        return _layout_of_mask(attention_mask[:, -width:])
+
+    def _warn_if_untrained(self, cache: SleepCache, layout: Layout) -> None:
+        """Once, when an untrained model is about to sleep."""
+        if not self._may_be_untrained or self.training:
+            return
+        size = self.config.sleep.window_size
+        if all(row.fill + n <= size for row, n in zip(cache.rows, layout.counts, strict=True)):
+            return
+        self._may_be_untrained = False
+        if self.fast_weights and all(block.is_untrained for block in self.fast_weights.values()):
+            logger.warning(
+                "This model was given fast-weight blocks that were never trained: they add nothing, so what leaves the window is "
+                "forgotten. Train it through sleep first; until then, sleep only bounds memory."
+            )
+
+    # Generation.
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast weights: leave it unset, a "
+                "SleepCache is made and is bounded anyway"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = SleepCache()
+
+    # Saving and loading.
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, only_sleep: bool = False, **kwargs: Any) -> None:
+        """Write a checkpoint.
+
+        Args:
+            save_directory: a folder, made where missing.
+            only_sleep: write the fast-weight blocks alone; the base is loaded again from where it came from.
+            kwargs: as in `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: where what would be written could not be loaded again.
+        """
+        if not only_sleep:
+            if getattr(self.lm, "hf_quantizer", None) is not None:
+                raise ValueError(
+                    "the base is quantised, and a quantised base cannot be written inside a sleep checkpoint: use "
+                    "save_pretrained(..., only_sleep=True)"
+                )
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if not self.config.base_model_name_or_path:
+            raise ValueError(
+                "only_sleep=True needs to know where the base comes from, and this one was built in memory: set "
+                "config.base_model_name_or_path, or save everything"
+            )
+        if not self.fast_weights:
+            raise ValueError("only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers")
+        weights = {k: v for k, v in self.state_dict().items() if k.startswith("fast_weights.")}
+        self.config.only_sleep = True
+        try:
+            super().save_pretrained(save_directory, state_dict=weights, **kwargs)
+        finally:
+            self.config.only_sleep = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "SleepForCausalLM":
+        """Load a sleep checkpoint, from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: what `save_pretrained` or `push_to_hub` wrote.
+            kwargs: as in `PreTrainedModel.from_pretrained`; of an only-sleep checkpoint they go to the base.
+        """
+        config = kwargs.pop("config", None)
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+        if config is None:
+            config = SleepLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if not config.only_sleep:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        for key in HUB_KEYWORDS[-2:]:
+            kwargs.pop(key, None)
+        base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **kwargs)
+        _check_same_base(config.text_config, base.config)
+        model = cls.from_base(base, config.sleep)
+        model.config.base_model_name_or_path = config.base_model_name_or_path
+        weights = _load_weights(pretrained_model_name_or_path, hub)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [key for key in missing if key.startswith("fast_weights.")]
+        if missing or unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold this model's fast weights: missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}"
+            )
+        return model.eval()
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes, also when accelerate keeps its weights elsewhere."""
+    hook = getattr(layer, "_hf_hook", None)
+    if (device := getattr(hook, "execution_device", None)) is not None:
+        return torch.device(device)
+    return next(layer.parameters()).device
+
+
+def _high(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _layout_of_mask(mask: torch.Tensor) -> Layout:
+    """Pads may stand at either end of a row; a hole between real tokens is refused."""
+    real = mask.detach().to("cpu") != 0
+    batch, width = real.shape
+    if bool(real.all()):
+        return Layout([0] * batch, [width] * batch, width)
+    counts = real.sum(1)
+    start = torch.where(counts > 0, real.int().argmax(1), 0)
+    last = width - real.flip(1).int().argmax(1)
+    if bool(holes := ((counts > 0) & (last - start != counts)).nonzero().flatten().tolist()):
+        raise ValueError(
+            f"attention_mask has zeros between ones in row {holes[0]}: pads may stand at the ends only. Move them there, or "
+            "pass the parts one after the other with past_key_values"
+        )
+    return Layout(start.tolist(), counts.tolist(), width)
+
+
+def _next_labels(labels: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Per column the label of the next one, -100 where that is a pad or beyond the end. `[B, T]`."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if any(layout.start) or min(layout.counts) < layout.width:
+        column = torch.arange(layout.width, device=labels.device)
+        start = torch.tensor(layout.start, device=labels.device).unsqueeze(1)
+        end = start + torch.tensor(layout.counts, device=labels.device).unsqueeze(1)
+        targets = targets.masked_fill((column < start) | (column + 1 >= end), -100)
+    return targets
+
+
+def _wanted(targets: torch.Tensor | None, layout: Layout, keep: int) -> list[list[bool]] | None:
+    """Per row and real token, whether its logits are needed; `None` for all."""
+    if targets is not None:
+        return (targets != -100).tolist()
+    if keep >= layout.width:
+        return None
+    first = layout.width - keep
+    return [
+        [start + j >= first for j in range(count)] for start, count in zip(layout.start, layout.counts, strict=True)
+    ]
+
+
+def _check_same_base(saved: PreTrainedConfig, loaded: PreTrainedConfig) -> None:
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if getattr(saved, key, None) != getattr(loaded, key, None):
+            raise ValueError(
+                f"the base has {key}={getattr(loaded, key, None)!r}, the fast weights were made for "
+                f"{getattr(saved, key, None)!r}: base_model_name_or_path points to another model"
+            )
+
+
+def _load_weights(source: Any, hub: dict) -> dict[str, torch.Tensor]:
+    """The tensors of an only-sleep checkpoint."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        hub = {key: value for key, value in hub.items() if key != "subfolder"}
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors"], **hub))
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(file))
+    return weights
+
+
+AutoConfig.register("sleep_lm", SleepLMConfig)
+AutoModelForCausalLM.register(SleepLMConfig, SleepForCausalLM)
