@@ -4,6 +4,7 @@ from .auto import AutoModelForSleepLM
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
 from .modeling import SleepForCausalLM
+from .state import SleepState
 from .version import __version__
 
 
@@ -13,5 +14,6 @@ __all__ = [
     "SleepConfig",
     "SleepForCausalLM",
     "SleepLMConfig",
+    "SleepState",
     "__version__",
 ]

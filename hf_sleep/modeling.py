@@ -144,6 +144,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     def _sleeper(self) -> Sleeper:
         return Sleeper(self.decoder, self.fast_weights, self.config.sleep, self.gradient_checkpointing and self.training)
 
+    def slot_devices(self) -> list[torch.device]:
+        """Where each layer's cache lives, in running order."""
+        sleeper = self._sleeper()
+        return [sleeper.device_of(slot, self.device) for slot in sleeper.slots]
+
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()
 

@@ -204,19 +204,20 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         dtype, key_dim = state.dtype, q.shape[3]
         ctx.dtypes = [x.dtype for x in (q, k, v, g, beta)]
         with _no_autocast(q.device):
-            qk = torch.stack([_to_chunks(q, size, dtype), _to_chunks(k, size, dtype)], 2)
-            v = _to_chunks(v, size, dtype)
+            batch, tokens, heads, _ = q.shape
+            shape = (tokens // size, batch * heads)
+            qk = _fill(state.new_empty(*shape, 2, size, key_dim), q, k)
+            v = _fill(state.new_empty(*shape, 1, size, v.shape[3]), v).squeeze(2)
             # exp() of anything below is 0, and a huge term would cost the running sum its digits.
-            g = _to_chunks(g, size, dtype).clamp(min=1.2 * math.log(torch.finfo(dtype).tiny))
+            gates = _fill(state.new_empty(*shape, 2, size), g, beta)
+            total = gates[:, :, 0].clamp(min=1.2 * math.log(torch.finfo(dtype).tiny)).cumsum(-1)
             # Backward divides by beta: this is far too small to show in any result.
-            beta = _to_chunks(beta, size, dtype)
             tiny = torch.finfo(dtype).tiny ** 0.5
-            beta = beta.masked_fill(beta.abs() < tiny, tiny)
+            beta = gates[:, :, 1].masked_fill(gates[:, :, 1].abs() < tiny, tiny)
 
             norm = torch.linalg.vector_norm(qk, dim=-1).square_().add_(_NORM_EPS).rsqrt_()
             norm[:, :, 0] *= key_dim**-0.5
             qk *= norm[..., None]
-            total = g.cumsum(-1)
             decay = (total[..., :, None] - total[..., None, :]).clamp_(max=0).exp_().mul_(beta[..., None, :]).tril_()
             scores = _matmul(qk.flatten(2, 3), qk[:, :, 1].mT).unflatten(2, (2, size)).mul_(decay[:, :, None])
             eye = torch.eye(size, dtype=dtype, device=q.device)
@@ -249,7 +250,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         qk, v, beta, norm, decay, scores, inverse, kept, reads, written, writes, erased, w, states, o = ctx.saved_tensors
         batch, size, key_dim = do.shape[0], qk.shape[3], qk.shape[4]
         with _no_autocast(do.device):
-            do = _to_chunks(do, size, w.dtype)
+            grads = _fill(qk.new_empty(*qk.shape[:4], w.shape[-1]), do, do)
+            do = grads[:, :, 0]
             dw = _matmul(scores[:, :, 0].mT, do)
             dstates = torch.empty_like(states)
             dstates[-1] = dstate.flatten(0, 1)
@@ -260,7 +262,10 @@ class _ChunkedDeltaRule(torch.autograd.Function):
                 dstates[i].baddbmm_(erased[i].mT, dw[i], alpha=-1)
             x = _matmul(inverse.mT, dw)
 
-            grads = torch.stack([do, -x], 2).flatten(2, 3)
+            torch.neg(x, out=grads[:, :, 1])
+            # dw is not read again: its memory takes the products, since touching new pages costs more than they do.
+            read, moved, corrected = (torch.mul(a, b, out=dw).sum(-1) for a, b in ((o, do), (v, x), (w, x)))
+            grads = grads.flatten(2, 3)
             dscores = _matmul(grads, w.mT).unflatten(2, (2, size)).mul_(decay[:, :, None])
             dscores[:, :, 1].tril_(-1)
             dscores = dscores.flatten(2, 3)
@@ -270,9 +275,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             _add_matmul(dwrites, dscores.mT, qk.flatten(2, 3))
             dqk[:, :, 1] += dwrites
 
-            read, moved, corrected = (o * do).sum(-1), (v * x).sum(-1), (w * x).sum(-1)
             dg = read - moved
-            dg[..., -1] += (states[1:] * dstates[1:]).sum((-2, -1))
+            dg[..., -1] += _matmul(states[1:].flatten(2)[:, :, None], dstates[1:].flatten(2)[..., None])[..., 0, 0]
             dg = dg.flip(-1).cumsum(-1).flip(-1)
             dbeta = corrected / beta
             along = torch.stack([read * key_dim, 2 * corrected - moved], 2)
@@ -284,10 +288,12 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             return *results, dstates[0].unflatten(0, (batch, -1)), None
 
 
-def _to_chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """`[B, T, H, ...]` to `[C, B * H, c, ...]` of `dtype`, a copy."""
-    x = x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2))
-    return x.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(1, 2)
+def _fill(chunks: Tensor, *parts: Tensor) -> Tensor:
+    """Copy each of `parts`, `[B, T, H, ...]`, into its slot of `chunks`, `[C, B * H, len(parts), c, ...]`."""
+    slots = chunks.unflatten(1, (parts[0].shape[0], -1)).unbind(3)
+    for slot, part in zip(slots, parts, strict=True):
+        slot.copy_(part.unflatten(1, (len(chunks), -1)).movedim((1, 3), (0, 2)))
+    return chunks
 
 
 def _from_chunks(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:

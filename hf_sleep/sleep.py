@@ -309,13 +309,17 @@ class Sleeper:
             if slot.role == "attention":
                 layers.append(None)
                 continue
-            module = self.blocks[str(slot.index)] if slot.role == "block" else self.decoder.layers[slot.index]
-            device = next((p.device for p in module.parameters() if p.device.type != "meta"), x.device)
+            device = self.device_of(slot, x.device)
             if slot.role == "block":
-                layers.append(module.mixer.init_state(batch_size, device, x.dtype))
+                layers.append(self.blocks[str(slot.index)].mixer.init_state(batch_size, device, x.dtype))
             else:
                 layers.append(self.decoder.linear_state(slot.index, batch_size, device, x.dtype))
         return Tensors(layers, self._window_start(layers), None)
+
+    def device_of(self, slot: Slot, default: torch.device) -> torch.device:
+        """Where a slot's parameters are; `default` where they are kept off the device until they run."""
+        module = self.blocks[str(slot.index)] if slot.role == "block" else self.decoder.layers[slot.index]
+        return next((p.device for p in module.parameters() if p.device.type != "meta"), default)
 
     def _run(
         self, slots: range, x: torch.Tensor, layers: list[Pair | None], geometry: Geometry
