@@ -7,7 +7,6 @@ from .modeling import SleepForCausalLM
 from .state import SleepState
 from .version import __version__
 
-
 __all__ = [
     "AutoModelForSleepLM",
     "SleepCache",

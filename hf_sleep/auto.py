@@ -13,7 +13,9 @@ class AutoModelForSleepLM:
     """Loads a base checkpoint and retrofits it, or loads a sleep checkpoint as it was saved."""
 
     def __init__(self) -> None:
-        raise OSError("AutoModelForSleepLM is made with AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))")
+        raise OSError(
+            "AutoModelForSleepLM is made with AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))"
+        )
 
     @classmethod
     def from_pretrained(
@@ -22,7 +24,8 @@ class AutoModelForSleepLM:
         """Load a model that sleeps.
 
         Args:
-            pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight blocks, or of a
+            pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight
+                blocks, or of a
                 sleep checkpoint.
             sleep: how to sleep. With a sleep checkpoint it may change everything but the blocks.
             kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision, …).

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import Cache
 
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 """The two tensors a layer carries, batch first: `(keys, values)` `[B, H, T, D]`, or a fast-weight layer's
 `(recurrent_state, conv_state)`."""
@@ -117,7 +116,8 @@ def _same_width(a: torch.Tensor, b: torch.Tensor) -> Pair:
 class SleepCache(Cache):
     """Cache of a `SleepForCausalLM`: bounded KV, fast weights, and the current window.
 
-    Make an empty one and pass it as `past_key_values`, or take it from a model's output. It holds one batch; every row has
+    Make an empty one and pass it as `past_key_values`, or take it from a model's output. It holds one batch; every row
+    has
     its own counters, so rows may be of different lengths and sleep at different steps.
 
     Source: Lee et al. 2026, Alg. 1 and §5.
@@ -194,7 +194,8 @@ class SleepCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what a sleep wrote cannot be taken back."""
         raise NotImplementedError(
-            "a SleepCache cannot be cropped: fast weights cannot be rewound. Keep `cache.fork()` from before and go on from it"
+            "a SleepCache cannot be cropped: fast weights cannot be rewound. Keep `cache.fork()` from before "
+            "and go on from it"
         )
 
     def reset(self) -> None:

@@ -9,7 +9,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .version import __version__
 
-
 EVICTION_STYLES = ("hard", "sliding")
 BLOCK_KINDS = ("jet", "gated_delta_net")
 
@@ -29,7 +28,8 @@ class SleepConfig:
 
     Args:
         window_size: L, tokens read between two sleeps.
-        sleep_passes: N, passes over a full window before its KV cache is dropped; the ordinary read is the first of them,
+        sleep_passes: N, passes over a full window before its KV cache is dropped; the ordinary read is the first of
+            them,
             so 1 is the plain windowed hybrid. Can be overridden per call.
         eviction: `"hard"` (the window's KV goes) or `"sliding"` (the last `window_size - 1` tokens' KV stay, and
             attention spans the last `window_size` tokens).
@@ -37,7 +37,8 @@ class SleepConfig:
             least one (Xiao et al. 2024, arXiv 2309.17453).
         loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep; `None` is all of them.
         block_kind: `"jet"` or `"gated_delta_net"`.
-        num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without linear-recurrent
+        num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
+            linear-recurrent
             layers, none into a hybrid.
         block_layers: instead of `num_blocks`, the decoder layers after which a block is injected.
         block_num_heads: H of a block. `None`: as many as fit half of the hidden size.
@@ -85,13 +86,16 @@ class SleepConfig:
         if not isinstance(self.block_expand_v, int | float) or self.block_expand_v <= 0:
             raise _reject("block_expand_v", self.block_expand_v, "it must be a positive number")
         if self.loop_layers is not None:
-            self.loop_layers = self._int_tuple("loop_layers", self.loop_layers)
-            if len(self.loop_layers) != 2 or not 0 <= self.loop_layers[0] < self.loop_layers[1]:
-                raise _reject("loop_layers", self.loop_layers, "it must be (a, b) with 0 <= a < b: layers a to b - 1 loop")
+            loop = self._int_tuple("loop_layers", self.loop_layers)
+            if len(loop) != 2 or not 0 <= loop[0] < loop[1]:
+                raise _reject("loop_layers", loop, "it must be (a, b) with 0 <= a < b: layers a to b - 1 loop")
+            self.loop_layers = (loop[0], loop[1])
         if self.block_layers is not None:
             self.block_layers = self._int_tuple("block_layers", self.block_layers)
             if list(self.block_layers) != sorted(set(self.block_layers)) or min(self.block_layers, default=0) < 0:
-                raise _reject("block_layers", self.block_layers, "it must list layers from 0 upwards, each once, in order")
+                raise _reject(
+                    "block_layers", self.block_layers, "it must list layers from 0 upwards, each once, in order"
+                )
             if self.num_blocks not in (None, len(self.block_layers)):
                 raise _reject(
                     "num_blocks", self.num_blocks, f"block_layers lists {len(self.block_layers)}: give one of the two"
@@ -136,7 +140,9 @@ class SleepConfig:
             raise _reject("block_layers", block_layers, f"the base's layers are 0 to {depth - 1}")
         if not block_layers and "linear_attention" not in layer_types:
             raise _reject(
-                "num_blocks", 0, "the base has no linear-recurrent layers, so nothing could remember: inject at least one"
+                "num_blocks",
+                0,
+                "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
             )
         loop_layers = self.loop_layers or (0, depth)
         if loop_layers[1] > depth:
@@ -147,7 +153,8 @@ class SleepConfig:
             raise _reject(
                 "window_size",
                 self.window_size,
-                f"{self.eviction} eviction with {self.num_sink_tokens} sink tokens needs {self.max_position} positions, "
+                f"{self.eviction} eviction with {self.num_sink_tokens} sink tokens needs {self.max_position} "
+                "positions, "
                 f"the base addresses {addressable}: use at most {(addressable - self.num_sink_tokens) // span}",
             )
         heads = getattr(text_config, "num_attention_heads", 1)
@@ -173,7 +180,8 @@ class SleepConfig:
         if unknown := sorted(set(values) - known):
             written_by = values.get("version", "unknown")
             warnings.warn(
-                f"SleepConfig: unknown fields {unknown} (written by hf_sleep {written_by}, this is {__version__}) are ignored",
+                f"SleepConfig: unknown fields {unknown} (written by hf_sleep {written_by}, this is "
+                f"{__version__}) are ignored",
                 stacklevel=2,
             )
         return cls(**{key: value for key, value in values.items() if key in known})
@@ -186,7 +194,8 @@ class SleepLMConfig(PreTrainedConfig):
         text_config: the base decoder's config, or its dictionary.
         sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
         base_model_name_or_path: where the base came from, for cards and for reloading a checkpoint of new weights only.
-        only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from `base_model_name_or_path`.
+        only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from
+            `base_model_name_or_path`.
     """
 
     model_type = "sleep_lm"

@@ -4,12 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedModel
 
 from .layers.recurrence import State
 from .ops import gated_delta_rule, short_convolution
-
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -26,8 +24,8 @@ class Decoder:
     def __init__(self, lm: PreTrainedModel):
         self.lm = lm
         self.config = lm.config
-        self.model = lm.model
-        self.layers = lm.model.layers
+        self.model: Any = lm.model
+        self.layers: Any = lm.model.layers
         types = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
         default = "sliding_attention" if types is None and window is not None else "full_attention"
@@ -62,7 +60,9 @@ class Decoder:
         turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
         return torch.cat((turned, rest), dim=-1).to(keys.dtype)
 
-    def attention_layer(self, index: int, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, kv: Any) -> torch.Tensor:
+    def attention_layer(
+        self, index: int, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, kv: Any
+    ) -> torch.Tensor:
         """Run decoder layer `index`; `kv.update` is called with its new keys and values `[B, H, T, D]`."""
         return self.layers[index](x, attention_mask=mask, position_embeddings=rope, past_key_values=kv, use_cache=True)
 
@@ -91,7 +91,8 @@ class PerKindRopeDecoder(Decoder):
         super().__init__(lm)
         if getattr(self.config, "use_bidirectional_attention", False):
             raise ValueError(
-                "text_config.use_bidirectional_attention=True: such a model reads ahead, so it cannot sleep on what it has "
+                "text_config.use_bidirectional_attention=True: such a model reads ahead, so it cannot sleep "
+                "on what it has "
                 "read; only causal decoders work"
             )
 
@@ -105,22 +106,24 @@ class PerKindRopeDecoder(Decoder):
 class HybridDecoder(Decoder):
     """A base with Gated DeltaNet layers of its own (`linear_attn`), which serve as fast weights.
 
-    They run on `hf_sleep.ops` instead of the base's own recurrence, whose pads decay the state and whose cache is written in
+    They run on `hf_sleep.ops` instead of the base's own recurrence, whose pads decay the state and whose cache is
+    written in
     place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
     """
 
-    def project(self, mixer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[B, T, C]` to the convolution's input `[B, T, D]`, the gate `[B, T, H, V]`, β `[B, T, H]` and a `[B, T, H]`."""
+    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[B, T, C]` to the convolution's input `[B, T, D]`, the gate `[B, T, H, V]`, β `[B, T, H]` and a `[B, T,
+        H]`."""
         raise NotImplementedError
 
-    def output(self, mixer: nn.Module, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    def output(self, mixer: Any, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Gated norm and output projection: `[B, T, H, V]` to `[B, T, C]`."""
         width = o.shape[-1]
         normed = mixer.norm(o.reshape(-1, width), gate.reshape(-1, width))
         return mixer.out_proj(normed.reshape(*o.shape[:2], -1))
 
     def mix(
-        self, mixer: nn.Module, x: torch.Tensor, state: State, lengths: torch.Tensor | None
+        self, mixer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, State]:
         """One Gated DeltaNet mixer of the base."""
         recurrent_state, conv_state = state
@@ -138,13 +141,13 @@ class HybridDecoder(Decoder):
     def linear_layer(
         self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, State]:
-        layer = self.layers[index]
+        layer: Any = self.layers[index]
         mixed, state = self.mix(layer.linear_attn, layer.input_layernorm(x), state, lengths)
         x = x + mixed
         return x + layer.mlp(layer.post_attention_layernorm(x)), state
 
     def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        mixer = self.layers[index].linear_attn
+        mixer: Any = self.layers[index].linear_attn
         shape = (batch_size, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
         conv_shape = (batch_size, 2 * mixer.key_dim + mixer.value_dim, mixer.conv_kernel_size)
         high = torch.promote_types(dtype, torch.float32)
@@ -154,7 +157,7 @@ class HybridDecoder(Decoder):
 class Qwen3NextDecoder(HybridDecoder):
     """Qwen3-Next: q, k, v and gate in one projection, grouped by key head."""
 
-    def project(self, mixer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, gate, b, a = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
         return torch.cat([z.flatten(2) for z in (q, k, v)], dim=-1), gate, b.sigmoid(), a
 
@@ -162,7 +165,7 @@ class Qwen3NextDecoder(HybridDecoder):
 class Qwen35Decoder(HybridDecoder):
     """Qwen3.5 (text): separate projections for gate, β and decay."""
 
-    def project(self, mixer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         gate = mixer.in_proj_z(x).unflatten(-1, (mixer.num_v_heads, -1))
         return mixer.in_proj_qkv(x), gate, mixer.in_proj_b(x).sigmoid(), mixer.in_proj_a(x)
 
@@ -173,12 +176,12 @@ class OlmoHybridDecoder(HybridDecoder):
     def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
         return None if self.model.rotary_emb is None else self.model.rotary_emb(x, position_ids)
 
-    def project(self, mixer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         beta = mixer.b_proj(x).sigmoid() * (2.0 if mixer.allow_neg_eigval else 1.0)
         qkv = torch.cat((mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)), dim=-1)
         return qkv, mixer.g_proj(x).unflatten(-1, (mixer.num_v_heads, -1)), beta, mixer.a_proj(x)
 
-    def output(self, mixer: nn.Module, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    def output(self, mixer: Any, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         width = o.shape[-1]
         normed = mixer.o_norm(o.reshape(-1, width), gate.reshape(-1, width))
         return mixer.o_proj(normed.reshape(*o.shape[:2], -1))
@@ -210,8 +213,10 @@ def decoder_for(lm: PreTrainedModel) -> Decoder:
     family = lm.config.model_type
     if family not in DECODERS:
         raise ValueError(
-            f"no decoder adapter for model_type={family!r} (there is one for {', '.join(sorted(DECODERS))}). An adapter is a "
-            "subclass of hf_sleep.decoders.Decoder, listed in DECODERS, that says how to embed ids, compute RoPE, run one "
+            f"no decoder adapter for model_type={family!r} (there is one for {', '.join(sorted(DECODERS))}). "
+            "An adapter is a "
+            "subclass of hf_sleep.decoders.Decoder, listed in DECODERS, that says how to embed ids, compute "
+            "RoPE, run one "
             "decoder layer, read the base's own linear-recurrent layers if it has any, and compute logits"
         )
     return DECODERS[family](lm)

@@ -21,7 +21,6 @@ from .decoders import Decoder, decoder_for
 from .layers import FastWeightBlock
 from .sleep import Piece, Sleeper
 
-
 logger = logging.get_logger(__name__)
 
 # What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
@@ -120,6 +119,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         config._attn_implementation = attention
         with torch.device("meta"):
             model = cls(config, lm=base)
+        block: Any
         for layer, block in model.fast_weights.items():
             block.to_empty(device=_device_of(decoder.layers[int(layer)]))
             block.to(base.dtype)
@@ -142,7 +142,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         return decoder_for(self.lm)
 
     def _sleeper(self) -> Sleeper:
-        return Sleeper(self.decoder, self.fast_weights, self.config.sleep, self.gradient_checkpointing and self.training)
+        return Sleeper(
+            self.decoder, self.fast_weights, self.config.sleep, self.gradient_checkpointing and self.training
+        )
 
     def slot_devices(self) -> list[torch.device]:
         """Where each layer's cache lives, in running order."""
@@ -162,7 +164,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.set_output_embeddings(new_embeddings)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
-        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole (window, pass) is
+        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole (window,
+        # pass) is
         # checkpointed here instead.
         self.gradient_checkpointing = enable
 
@@ -187,22 +190,26 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[B, T]` token ids.
-            attention_mask: `[B, T]`, or `[B, past + T]` as generate passes it; 0 at pads, which may stand at either end.
+            attention_mask: `[B, T]`, or `[B, past + T]` as generate passes it; 0 at pads, which may stand at either
+                end.
             past_key_values: the cache to go on from; is moved on, and left as it was when an error is raised.
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
-            labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window. Targets
+            labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever
+                window. Targets
                 at pads are ignored.
             use_cache: return a cache; by default when one was passed.
             logits_to_keep: how many of the last columns need logits; 0 for all.
             sleep_passes: N for the sleeps of this call; by default the config's.
-            num_items_in_batch: what to divide the summed loss by, as Trainer gives it; by default the number of targets.
+            num_items_in_batch: what to divide the summed loss by, as Trainer gives it; by default the number of
+                targets.
             output_attentions: refused.
             output_hidden_states: refused.
             return_dict: `False` for a tuple.
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `[B, T or logits_to_keep, vocab]` (zeros at pads), `loss` and
-            `past_key_values`. In training with `labels`, `logits` is `None`: they are made only where a target wants them.
+            `past_key_values`. In training with `labels`, `logits` is `None`: they are made only where a target wants
+            them.
 
         Raises:
             ValueError: for input that cannot be read, before anything has changed.
@@ -212,33 +219,36 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         passes = self._check_passes(sleep_passes)
         if output_attentions or output_hidden_states:
             raise ValueError(
-                "output_attentions and output_hidden_states are not supported: a window's layers run several times, so there is "
+                "output_attentions and output_hidden_states are not supported: a window's layers run several "
+                "times, so there is "
                 "no one answer. Run model.decoder's layers to look inside"
             )
         cache = self._check_cache(past_key_values)
         layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, cache)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
-        embeds = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds: Any = inputs_embeds if input_ids is None else self.decoder.embed(input_ids)
         sleeper = self._sleeper()
         if cache.is_empty:
             cache.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
         self._warn_if_untrained(cache, layout)
 
-        targets = None if labels is None else layout.compact(_next_labels(labels, layout))
-        lean = targets is not None and self.training
-        keep = logits_to_keep or layout.width
-        wanted = _wanted(targets if lean else None, layout, keep)
-        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted)
-        if lean:
-            logits, total = None, self._loss_of_pieces(pieces, targets, embeds)
+        targets = None if labels is None else _next_labels(labels, layout)
+        lean = None if targets is None or not self.training else layout.compact(targets).cpu()
+        # A loss needs all columns, whatever the caller wants to see of them.
+        keep = min(logits_to_keep or layout.width, layout.width)
+        made = keep if targets is None else layout.width
+        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, _wanted(lean, layout, made))
+        logits = loss = None
+        if lean is not None:
+            loss = self._loss_of_pieces(pieces, lean, embeds)
         else:
-            logits = self._logits_of_pieces(pieces, layout, keep, embeds)
-            total = None if targets is None else self._loss_of_logits(logits, labels, layout)
-        loss = None
-        if total is not None:
-            count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+            logits = self._logits_of_pieces(pieces, layout, made, embeds)
+            loss = None if targets is None else _summed_cross_entropy(logits, targets)
+            logits = logits[:, -keep:]
+        if loss is not None and targets is not None:
+            count: Any = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
 
         cache.columns += layout.width
         if past_key_values is not None:
@@ -280,61 +290,55 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         first = layout.width - keep
         whole = all(len(p.rows) == batch and len(set(p.start)) == len(set(p.counts)) == 1 for p in parts)
         if parts and whole and not any(layout.start) and set(layout.counts) == {layout.width}:
-            hidden = torch.cat([p.hidden for p in parts], dim=1)  # type: ignore[misc]
-            return self.decoder.logits(hidden[:, -keep:])
+            windows: Any = [p.hidden for p in parts]
+            return self.decoder.logits(torch.cat(windows, dim=1)[:, -keep:])
         # Out of place, so that an eval-mode loss still has its gradient.
         rows, columns, tokens = [], [], []
         for piece in parts:
+            hidden: Any = piece.hidden
             for i, (b, start, count) in enumerate(zip(piece.rows, piece.start, piece.counts, strict=True)):
                 column = torch.arange(count) + start + layout.start[b]
                 inside = column >= first
                 rows.append(torch.full_like(column[inside], b))
                 columns.append(column[inside] - first)
-                tokens.append(piece.hidden[i, :count][inside.to(piece.hidden.device)])  # type: ignore[index]
-        vocab = self.get_output_embeddings().weight.shape[0]
+                tokens.append(hidden[i, :count][inside.to(hidden.device)])
+        vocab = self.config.text_config.vocab_size
         if not tokens:
             return embeds.new_zeros(batch, keep, vocab)
         logits = self.decoder.logits(torch.cat(tokens))
         index = (torch.cat(rows).to(logits.device), torch.cat(columns).to(logits.device))
         return logits.new_zeros(batch, keep, vocab).index_put(index, logits)
 
-    def _loss_of_logits(self, logits: torch.Tensor, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Summed cross-entropy of logits in the caller's columns."""
-        targets = _next_labels(labels, layout)[:, -logits.shape[1] :].to(logits.device)
-        return F.cross_entropy(_high(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-
     def _loss_of_pieces(self, pieces: Iterator[Piece], targets: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy, window by window: logits are made only where there is a target, and not kept."""
-        total: torch.Tensor | None = None
+        # A rank without targets must run its backward too: the loss is 0 then, with a graph.
+        total = embeds.float().sum() * 0.0
         for piece in pieces:
             if piece.hidden is None:
                 continue
-            index = torch.tensor(piece.rows).unsqueeze(1), torch.tensor(piece.start).unsqueeze(1) + torch.arange(
-                piece.hidden.shape[1]
-            )
-            inside = torch.arange(piece.hidden.shape[1]) < torch.tensor(piece.counts).unsqueeze(1)
-            window = targets.cpu()[index[0], index[1].clamp(max=targets.shape[1] - 1)].masked_fill(~inside, -100)
-            chosen = (window != -100).nonzero(as_tuple=True)
-            hidden = piece.hidden[chosen[0].to(piece.hidden.device), chosen[1].to(piece.hidden.device)]
-            here = window[chosen].to(hidden.device)
+            window = torch.full(piece.hidden.shape[:2], -100)
+            for i, (b, start, count) in enumerate(zip(piece.rows, piece.start, piece.counts, strict=True)):
+                window[i, :count] = targets[b, start : start + count]
+            row, column = (index.to(piece.hidden.device) for index in (window != -100).nonzero(as_tuple=True))
+            arguments = piece.hidden[row, column], window[window != -100].to(piece.hidden.device)
             if self.gradient_checkpointing:
-                part = checkpoint(self._cross_entropy, hidden, here, use_reentrant=False)
+                total = total + checkpoint(self._cross_entropy, *arguments, use_reentrant=False)
             else:
-                part = self._cross_entropy(hidden, here)
-            total = part if total is None else total + part
-        # With nothing to predict the loss is 0, and still has a graph: a rank without targets must run its backward too.
-        return embeds.float().sum() * 0.0 if total is None else total
+                total = total + self._cross_entropy(*arguments)
+        return total
 
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.decoder.logits(hidden)
-        return F.cross_entropy(_high(logits), targets.to(logits.device), reduction="sum")
+        """Summed over `hidden` `[n, C]` and `targets` `[n]`."""
+        return _summed_cross_entropy(self.decoder.logits(hidden), targets)
 
     # Checks: all of them before anything changes.
 
     def _check_passes(self, sleep_passes: int | None) -> int:
         passes = self.config.sleep.sleep_passes if sleep_passes is None else sleep_passes
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-            raise ValueError(f"sleep_passes={sleep_passes!r}: it must be an integer of at least 1 (1 is the plain hybrid)")
+            raise ValueError(
+                f"sleep_passes={sleep_passes!r}: it must be an integer of at least 1 (1 is the plain hybrid)"
+            )
         return passes
 
     def _check_cache(self, cache: SleepCache | None) -> SleepCache:
@@ -343,12 +347,14 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             return SleepCache()
         if not isinstance(cache, SleepCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}: a sleeping model needs a hf_sleep.SleepCache (make an empty one, "
+                f"past_key_values is a {type(cache).__name__}: a sleeping model needs a hf_sleep.SleepCache "
+                "(make an empty one, "
                 "or let generate make it)"
             )
         if not cache.is_empty and not cache.belongs_to(self):
             raise ValueError(
-                "past_key_values was written by another model, whose fast weights mean nothing to this one: start with an empty "
+                "past_key_values was written by another model, whose fast weights mean nothing to this one: "
+                "start with an empty "
                 "SleepCache"
             )
         return cache.fork()
@@ -363,23 +369,27 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Layout:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        given: Any = inputs_embeds[..., 0] if inputs_embeds is not None else input_ids
         if given.dim() != 2 or not given.numel():
-            raise ValueError(f"the input has shape {tuple(given.shape)}: it must be [batch, tokens], with at least one token")
+            raise ValueError(
+                f"the input has shape {tuple(given.shape)}: it must be [batch, tokens], with at least one token"
+            )
         if inputs_embeds is None:
-            vocab = self.get_input_embeddings().weight.shape[0]
+            vocab = self.config.text_config.vocab_size
             low, high = (int(n) for n in torch.aminmax(given))
             if low < 0 or high >= vocab:
                 raise ValueError(f"input_ids hold {low if low < 0 else high}: ids must be from 0 to {vocab - 1}")
         batch, width = given.shape
         if not cache.is_empty and len(cache.rows) != batch:
             raise ValueError(
-                f"past_key_values holds {len(cache.rows)} sequences, the input {batch}: use cache.batch_select_indices or "
+                f"past_key_values holds {len(cache.rows)} sequences, the input {batch}: use "
+                "cache.batch_select_indices or "
                 "batch_repeat_interleave to match them"
             )
         if labels is not None and labels.shape != given.shape:
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, the input {tuple(given.shape)}: they must be the same (the shift by "
+                f"labels have shape {tuple(labels.shape)}, the input {tuple(given.shape)}: they must be the "
+                "same (the shift by "
                 "one token is done inside)"
             )
         if attention_mask is None:
@@ -400,8 +410,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             return
         self._may_be_untrained = False
         if self.fast_weights and all(block.is_untrained for block in self.fast_weights.values()):
-            logger.warning(
-                "This model was given fast-weight blocks that were never trained: they add nothing, so what leaves the window is "
+            logger.warning_once(
+                "This model was given fast-weight blocks that were never trained: they add nothing, so what "
+                "leaves the window is "
                 "forgotten. Train it through sleep first; until then, sleep only bounds memory."
             )
 
@@ -412,7 +423,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast weights: leave it unset, a "
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast weights: "
+                "leave it unset, a "
                 "SleepCache is made and is bounded anyway"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
@@ -445,7 +457,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 "config.base_model_name_or_path, or save everything"
             )
         if not self.fast_weights:
-            raise ValueError("only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers")
+            raise ValueError(
+                "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
+            )
         weights = {k: v for k, v in self.state_dict().items() if k.startswith("fast_weights.")}
         self.config.only_sleep = True
         try:
@@ -492,8 +506,10 @@ def _device_of(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _high(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of logits `[..., vocab]`, in fp32 at least; targets of -100 do not count."""
+    high = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(high.flatten(0, -2), targets.to(logits.device).flatten(), ignore_index=-100, reduction="sum")
 
 
 def _layout_of_mask(mask: torch.Tensor) -> Layout:
@@ -507,7 +523,8 @@ def _layout_of_mask(mask: torch.Tensor) -> Layout:
     last = width - real.flip(1).int().argmax(1)
     if bool(holes := ((counts > 0) & (last - start != counts)).nonzero().flatten().tolist()):
         raise ValueError(
-            f"attention_mask has zeros between ones in row {holes[0]}: pads may stand at the ends only. Move them there, or "
+            f"attention_mask has zeros between ones in row {holes[0]}: pads may stand at the ends only. Move "
+            "them there, or "
             "pass the parts one after the other with past_key_values"
         )
     return Layout(start.tolist(), counts.tolist(), width)
@@ -525,7 +542,12 @@ def _next_labels(labels: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def _wanted(targets: torch.Tensor | None, layout: Layout, keep: int) -> list[list[bool]] | None:
-    """Per row and real token, whether its logits are needed; `None` for all."""
+    """Per row and real token, whether its logits are needed; `None` for all.
+
+    Args:
+        targets: left-aligned `[B, T]`: logits are needed only where there is one.
+        keep: without targets, how many of the last columns need logits.
+    """
     if targets is not None:
         return (targets != -100).tolist()
     if keep >= layout.width:

@@ -1,19 +1,19 @@
 """The gated delta rule and the short causal convolutions: all the arithmetic that reads and writes fast weights.
 
-Each operator has a naive form (the judge), and a fast one that computes the same; `gated_delta_rule` picks by device and
-number of tokens. Shapes are `[B, T, H, K]` (rows, tokens, heads, key width) and `[B, T, H, V]` throughout.
+Each operator has a naive form (the judge), and a fast one that computes the same; `gated_delta_rule` picks by device
+and number of tokens. Shapes are `[B, T, H, K]` (rows, tokens, heads, key width) and `[B, T, H, V]` throughout.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from torch import Tensor
-
 
 _NORM_EPS = 1e-6
 
@@ -40,8 +40,8 @@ def gated_delta_rule(
         g: log of the decay, `[B, T, H]`, at most 0.
         beta: writing strength, `[B, T, H]`.
         initial_state: `[B, H, K, V]`; `None` is zeros.
-        lengths: integers `[B]`, real tokens per row. They come first; the rest are pads, which leave the state exactly as
-            it is, read 0, and get zero gradients, whatever they hold. `None`: all T are real.
+        lengths: integers `[B]`, real tokens per row. They come first; the rest are pads, which leave the state exactly
+            as it is, read 0, and get zero gradients, whatever they hold. `None`: all T are real.
 
     Returns:
         `o` `[B, T, H, V]` in v's dtype, and the state after the last real token `[B, H, K, V]`, fp32 or fp64.
@@ -51,7 +51,7 @@ def gated_delta_rule(
 
     Source: Yang et al. 2024 (arXiv 2412.06464), Eq. 10; Lee et al. 2026 (arXiv 2605.26099), §2.
     """
-    if q.is_cuda and v.dtype != torch.float64 and backend(q.device) == "fla":
+    if q.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and backend(q.device) == "fla":
         return _fla_gated_delta_rule(q, k, v, g, beta, initial_state, lengths)
     if q.dim() == 4 and q.shape[1] == 1:
         return step_gated_delta_rule(q, k, v, g, beta, initial_state, lengths)
@@ -59,9 +59,10 @@ def gated_delta_rule(
 
 
 def backend(device: torch.device) -> str:
-    """What `gated_delta_rule` uses on `device`: `"fla"` (Triton kernels) or `"torch"`.
+    """What `gated_delta_rule` uses on `device`: `"fla"` (Triton kernels, for 16-bit values) or `"torch"`.
 
-    A GPU without fla works, but slowly, and says so once per process.
+    fla's kernels refuse fp32, so fp32 and fp64 values are computed by torch everywhere. A GPU without fla works, but
+    slowly, and says so once per process.
     """
     if torch.device(device).type != "cuda":
         return "torch"
@@ -96,11 +97,13 @@ def naive_gated_delta_rule(
     _check_delta_rule(q, k, v, g, beta, initial_state, lengths)
     dtype, out_dtype = _compute_dtype(q, k, v), v.dtype
     with _no_autocast(q.device):
-        pad = _pad_mask(lengths, q.shape[1])
+        pad = _pad_mask(lengths, q.shape[1], q.device)
         q, k, v, g, beta = (_zero_pads(x, pad).to(dtype) for x in (q, k, v, g, beta))
         q = q / (q.square().sum(-1, keepdim=True) + _NORM_EPS).sqrt() * q.shape[-1] ** -0.5
         k = k / (k.square().sum(-1, keepdim=True) + _NORM_EPS).sqrt()
-        state = _initial_state(initial_state, k, v)
+        if initial_state is None:
+            initial_state = k.new_zeros(q.shape[0], *q.shape[2:], v.shape[3])
+        state = initial_state.to(dtype)
         outputs = []
         for t in range(q.shape[1]):
             state = state * g[:, t, :, None, None].exp()
@@ -127,22 +130,22 @@ def step_gated_delta_rule(
     _check_delta_rule(q, k, v, g, beta, initial_state, lengths)
     batch, tokens, heads, key_dim = q.shape
     if tokens != 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}: step_gated_delta_rule reads one token, so it must be [B, 1, H, K]")
+        raise _misfit("q", q, "[B, 1, H, K], because step_gated_delta_rule reads one token")
     dtype, out_dtype = _compute_dtype(q, k, v), v.dtype
-    if lengths is not None:
-        pad = _pad_mask(lengths, 1)
+    pad = _pad_mask(lengths, 1, q.device)
+    if pad is not None:
         q, k, v, g, beta = (_zero_pads(x, pad) for x in (q, k, v, g, beta))
     with _no_autocast(q.device):
         n = batch * heads
-        # rms_norm is sqrt(K) times the L2 norm when its eps is over K; the products below divide that out again.
-        q = F.rms_norm(q.to(dtype), (key_dim,), eps=_NORM_EPS / key_dim).reshape(n, 1, key_dim)
-        k = F.rms_norm(k.to(dtype), (key_dim,), eps=_NORM_EPS / key_dim).reshape(n, 1, key_dim)
+        qk = torch.stack([q, k]).to(dtype).view(2, n, 1, key_dim)
+        q, k = (qk * (torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square() + _NORM_EPS).rsqrt()).unbind()
         v = v.to(dtype).reshape(n, 1, -1)
-        state = _initial_state(initial_state, k.view(batch, 1, heads, key_dim), v.view(batch, 1, heads, -1))
-        state = state.reshape(n, key_dim, -1) * g.to(dtype).exp().reshape(n, 1, 1)
-        u = torch.baddbmm(v, k, state, alpha=-(key_dim**-0.5)) * beta.to(dtype).reshape(n, 1, 1)
-        state = torch.baddbmm(state, k.mT, u, alpha=key_dim**-0.5)
-        o = torch.bmm(q, state) / key_dim
+        if initial_state is None:
+            initial_state = v.new_zeros(n, key_dim, v.shape[2])
+        state = initial_state.to(dtype).reshape(n, key_dim, -1) * g.to(dtype).exp().reshape(n, 1, 1)
+        u = torch.baddbmm(v, k, state, alpha=-1) * beta.to(dtype).reshape(n, 1, 1)
+        state = torch.addcmul(state, k.mT, u)
+        o = torch.bmm(q, state) * key_dim**-0.5
     return o.view(batch, 1, heads, -1).to(out_dtype), state.view(batch, heads, key_dim, -1)
 
 
@@ -169,7 +172,7 @@ def chunk_gated_delta_rule(
     dtype = _compute_dtype(q, k, v)
     if initial_state is None:
         initial_state = q.new_zeros(batch, heads, key_dim, v.shape[3], dtype=dtype)
-    pad = _pad_mask(lengths, tokens)
+    pad = _pad_mask(lengths, tokens, q.device)
     inputs = [_zero_pads(x, pad) for x in (q, k, v, g, beta)]
     size = _chunk_size(tokens)
     extra = -tokens % size
@@ -186,21 +189,23 @@ def _chunk_size(tokens: int) -> int:
 class _ChunkedDeltaRule(torch.autograd.Function):
     """`chunk_gated_delta_rule` for T a multiple of the chunk size c, and its gradient.
 
-    Inside, tensors are `[C, N, c, ...]`: chunks, rows times heads, tokens of a chunk; `S [C + 1, N, K, V]` are the states
-    between chunks. With G the running sum of g in a chunk, and D_ij = exp(G_i - G_j) beta_j for j <= i:
+    Inside, tensors are `[C, N, c, ...]`: chunks, rows times heads, tokens of a chunk; the states between
+    chunks are `[C + 1, N, K, V]`. With G the running sum of g in a chunk, and D_ij = exp(G_i - G_j) beta_j for j <= i:
 
         w = (I + strict(k k^T * D))^-1 (v - exp(G) k S)        what a token corrects, before beta
         o = exp(G) q S + (q k^T * D) w
         S' = exp(G_c) S + (exp(G_c - G) beta k)^T w
 
     Queries and keys are stacked as `[2, c, K]` wherever both meet the same matrix. In backward, x is the gradient of v.
-    Each use of q_i, k_i, beta_i and G_i scales a whole term above, so what G, beta and the norms of q and k need are dot
-    products along V: dG = o.do - x.v (plus S'.dS' on a chunk's last token), beta.dbeta = x.w, q.dq = o.do and
+    Each use of q_i, k_i, beta_i and G_i scales a whole term above, so what G, beta and the norms of q and k need are
+    dot products along V: dG = o.do - x.v (plus S'.dS' on a chunk's last token), beta.dbeta = x.w, q.dq = o.do and
     k.dk = 2 x.w - x.v.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, state, size):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
         dtype, key_dim = state.dtype, q.shape[3]
         ctx.dtypes = [x.dtype for x in (q, k, v, g, beta)]
         with _no_autocast(q.device):
@@ -246,8 +251,9 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, do, dstate):
-        qk, v, beta, norm, decay, scores, inverse, kept, reads, written, writes, erased, w, states, o = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        qk, v, beta, norm, decay, scores, inverse, kept, reads, written, writes, *rest = ctx.saved_tensors
+        erased, w, states, o = rest
         batch, size, key_dim = do.shape[0], qk.shape[3], qk.shape[4]
         with _no_autocast(do.device):
             grads = _fill(qk.new_empty(*qk.shape[:4], w.shape[-1]), do, do)
@@ -275,12 +281,12 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             _add_matmul(dwrites, dscores.mT, qk.flatten(2, 3))
             dqk[:, :, 1] += dwrites
 
-            dg = read - moved
-            dg[..., -1] += _matmul(states[1:].flatten(2)[:, :, None], dstates[1:].flatten(2)[..., None])[..., 0, 0]
-            dg = dg.flip(-1).cumsum(-1).flip(-1)
             dbeta = corrected / beta
             along = torch.stack([read * key_dim, 2 * corrected - moved], 2)
             dqk.addcmul_(qk, along[..., None], value=-1).mul_(norm[..., None])
+            dg = read - moved
+            dg[..., -1] += dstates[1:].mul_(states[1:]).sum((-2, -1))
+            dg = dg.flip(-1).cumsum(-1).flip(-1)
             results = [
                 _from_chunks(y, batch, dtype)
                 for y, dtype in zip((dqk[:, :, 0], dqk[:, :, 1], x, dg, dbeta), ctx.dtypes, strict=True)
@@ -299,7 +305,7 @@ def _fill(chunks: Tensor, *parts: Tensor) -> Tensor:
 def _from_chunks(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
     """`[C, B * H, c, ...]` to `[B, T, H, ...]` of `dtype`."""
     x = x.unflatten(1, (batch, -1)).movedim((0, 2), (1, 3))
-    return x.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(1, 2)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -317,7 +323,7 @@ def _fla_gated_delta_rule(
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     _check_delta_rule(q, k, v, g, beta, initial_state, lengths)
-    pad = _pad_mask(lengths, q.shape[1])
+    pad = _pad_mask(lengths, q.shape[1], q.device)
     q, k, v, g, beta = (_zero_pads(x, pad).contiguous() for x in (q, k, v, g, beta))
     # fla's recurrent kernel has no backward.
     wants_grad = torch.is_grad_enabled() and any(
@@ -325,8 +331,8 @@ def _fla_gated_delta_rule(
     )
     kernel = fused_recurrent_gated_delta_rule if q.shape[1] == 1 and not wants_grad else chunk_gated_delta_rule
     o, state = kernel(
-        q=q,
-        k=k,
+        q=q.to(v.dtype),
+        k=k.to(v.dtype),
         v=v,
         g=g.float(),
         beta=beta,
@@ -395,45 +401,79 @@ def _convolve(x: Tensor, taps: Tensor, conv_state: Tensor | None, lengths: Tenso
         conv_state = x.new_zeros(batch, channels, width)
     elif conv_state.shape != (batch, channels, width):
         raise _misfit("conv_state", conv_state, f"[B, D, W] = {[batch, channels, width]}")
+    if lengths is None and tokens == 1:
+        state = torch.cat([conv_state[..., 1:].to(x.dtype), x.mT], -1)
+        products = state.to(_compute_dtype(x)) * (taps if taps.dim() == 2 else taps.squeeze(1))
+        return products.sum(-1).to(x.dtype).unsqueeze(1), state
     _check_lengths(lengths, batch)
-    pad = _pad_mask(lengths, tokens)
-    if pad is not None:
-        x = _zero_pads(x, pad)
-        taps = _zero_pads(taps, pad) if taps.dim() == 4 else taps
-    past = torch.cat([conv_state.to(x.dtype).mT, x], 1)
-    y = sum(past[:, w + 1 : w + 1 + tokens] * taps[..., w] for w in range(width))
-    if pad is None:
+    pad = _pad_mask(lengths, tokens, x.device)
+    if taps.dim() == 4:
+        taps = _zero_pads(taps, pad)
+    past = torch.cat([conv_state.to(x.dtype).mT, _zero_pads(x, pad)], 1)
+    y = _zero_pads(_Convolution.apply(past, taps), pad)
+    if lengths is None:
         return y, past[:, tokens:].mT.contiguous()
     last = lengths.to(x.device)[:, None] + torch.arange(width, device=x.device)
-    new_state = past.gather(1, last[:, :, None].expand(-1, -1, channels)).mT.contiguous()
-    return _zero_pads(y, pad), new_state
+    return y, past.gather(1, last[:, :, None].expand(-1, -1, channels)).mT.contiguous()
+
+
+class _Convolution(torch.autograd.Function):
+    """`y[t] = sum_w taps[(t,) d, w] * past[t + w + 1]` for `past` `[B, W + T, D]`, added up in fp32 or fp64.
+
+    By hand, because autograd would give each of the W slices of `past` a gradient as large as all of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, past: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(past, taps)
+        dtype, width = _compute_dtype(past), taps.shape[-1]
+        tokens = past.shape[1] - width
+        inputs, taps = past.to(dtype), taps.to(dtype)
+        y = inputs[:, 1 : 1 + tokens] * taps[..., 0]
+        for w in range(1, width):
+            y.addcmul_(inputs[:, w + 1 : w + 1 + tokens], taps[..., w])
+        return y.to(past.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        past, taps = ctx.saved_tensors
+        dtype, width, tokens = _compute_dtype(past), taps.shape[-1], dy.shape[1]
+        dy, inputs, weights = dy.to(dtype), past.to(dtype), taps.to(dtype)
+        dpast = torch.zeros_like(inputs)
+        for w in range(width):
+            dpast[:, w + 1 : w + 1 + tokens].addcmul_(dy, weights[..., w])
+        if taps.dim() == 4:
+            dtaps = dy[..., None] * inputs[:, 1:].unfold(1, width, 1)
+        else:
+            products = torch.empty_like(dy)
+            slices = [inputs[:, w + 1 : w + 1 + tokens] for w in range(width)]
+            dtaps = torch.stack([torch.mul(dy, x, out=products).sum((0, 1)) for x in slices], -1)
+        return dpast.to(past.dtype), dtaps.to(taps.dtype)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
-def _initial_state(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
-    if state is None:
-        return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
-    return state.to(k.dtype)
-
-
-def _pad_mask(lengths: Tensor | None, tokens: int) -> Tensor | None:
-    if lengths is None:
+def _pad_mask(lengths: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
+    """`[B, T]`, True at pads; `None` if there are none, as far as can be told without waiting for a GPU."""
+    if lengths is None or (lengths.device.type == "cpu" and bool((lengths >= tokens).all())):
         return None
-    return torch.arange(tokens, device=lengths.device) >= lengths[:, None]
+    return torch.arange(tokens, device=device) >= lengths.to(device)[:, None]
 
 
 def _zero_pads(x: Tensor, pad: Tensor | None) -> Tensor:
-    """`x` `[B, T, ...]` with zeros where `pad` `[B, T]`; a product would let the NaN of a pad through."""
+    """`x` `[B, T, ...]` with zeros where `pad`; a product would let the NaN of a pad through."""
     if pad is None:
         return x
-    return x.masked_fill(pad.to(x.device).reshape(pad.shape + (1,) * (x.dim() - 2)), 0)
+    return x.masked_fill(pad.reshape(pad.shape + (1,) * (x.dim() - 2)), 0)
 
 
 def _misfit(name: str, x: Tensor, what_works: str) -> ValueError:

@@ -1,7 +1,9 @@
 """The algorithm: read a window in one pass, consolidate it with N, evict its KV.
 
-A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block. Slots
-before the loop run once per window, slots in it N times, slots after it once more on what the last pass made. The ordinary
+A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block.
+Slots
+before the loop run once per window, slots in it N times, slots after it once more on what the last pass made. The
+ordinary
 read of a window is pass 1, so a window that was read token by token needs only N - 1 passes more.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
@@ -123,12 +125,11 @@ class Sleeper:
 
     def __init__(self, decoder: Any, blocks: nn.ModuleDict, config: SleepConfig, checkpointing: bool = False):
         self.decoder = decoder
-        self.blocks = blocks
+        self.blocks: dict[str, Any] = dict(blocks.items())
         self.config = config
         self.checkpointing = checkpointing
         self.slots: list[Slot] = []
-        assert config.loop_layers is not None and config.block_layers is not None  # resolved
-        first, last = config.loop_layers
+        first, last = config.loop_layers or (0, len(decoder.kinds))
         for index, kind in enumerate(decoder.kinds):
             if index == first:
                 loop_start = len(self.slots)
@@ -166,15 +167,14 @@ class Sleeper:
             self.consolidate(cache, [b for b in rows if cache.rows[b].fill == size], passes)
             start = [done[b] for b in rows]
             take = [min(counts[b] - done[b], size - cache.rows[b].fill) for b in rows]
-            need = wanted is None or any(
-                any(wanted[b][s : s + n]) for b, s, n in zip(rows, start, take, strict=True)
-            )
+            need = wanted is None or any(any(wanted[b][s : s + n]) for b, s, n in zip(rows, start, take, strict=True))
             # A window that sleeps within this call runs its tail then: only its logits would need it now.
             sleeps_now = all(
-                cache.rows[b].fill + n == size and s + n < counts[b]
-                for b, s, n in zip(rows, start, take, strict=True)
+                cache.rows[b].fill + n == size and s + n < counts[b] for b, s, n in zip(rows, start, take, strict=True)
             )
-            hidden = self.wake(cache, rows, self._tokens(x, rows, start, take), take, need or passes == 1 or not sleeps_now)
+            hidden = self.wake(
+                cache, rows, self._tokens(x, rows, start, take), take, need or passes == 1 or not sleeps_now
+            )
             for b, n in zip(rows, take, strict=True):
                 done[b] += n
             yield Piece(rows, start, take, hidden if need else None)
@@ -222,8 +222,10 @@ class Sleeper:
     def consolidate(self, cache: SleepCache, rows: list[int], passes: int) -> None:
         """Sleep: run passes 2..N over the current windows of `rows`, then evict.
 
-        Every pass starts from the fast weights that the pass before left and from the convolution tail of the window's start,
-        and sees the retained KV and its own. Slots behind the loop read the window anew, on the last pass's output and from
+        Every pass starts from the fast weights that the pass before left and from the convolution tail of the window's
+        start,
+        and sees the retained KV and its own. Slots behind the loop read the window anew, on the last pass's output and
+        from
         their state at the window's start, so that they too have read it once.
 
         Args:
@@ -244,7 +246,9 @@ class Sleeper:
             geometry = self._geometry(x, states, retained, fills, rewind=True)
             layers = part.layers
             for _ in range(passes - 1):
-                x, layers = self._run(self.loop, x, self._rewind(layers, part, self.loop, geometry, loop=True), geometry)
+                x, layers = self._run(
+                    self.loop, x, self._rewind(layers, part, self.loop, geometry, loop=True), geometry
+                )
             _, layers = self._run(self.tail, x, self._rewind(layers, part, self.tail, geometry, loop=False), geometry)
             part = Tensors(layers, part.window_start, part.hidden)
         layers = self._evict(part.layers, states, device)
@@ -263,7 +267,8 @@ class Sleeper:
     def _rewind(
         self, layers: list[Pair | None], part: Tensors, slots: range, geometry: Geometry, loop: bool
     ) -> list[Pair | None]:
-        """Layers as a new pass over the window finds them: KV retained from before it; in the loop, the fast weights go on."""
+        """Layers as a new pass over the window finds them: KV retained from before it; in the loop, the fast weights go
+        on."""
         layers = list(layers)
         for i in slots:
             pair = layers[i]
@@ -375,7 +380,9 @@ class Sleeper:
             first, held, sinks = first[:1], held[:1], sinks[:1]
         ragged = min(counts) != width
         steps = torch.arange(width, device=device)
-        positions = torch.tensor(first, device=device).unsqueeze(1) + steps if not one else (steps + first[0]).unsqueeze(0)
+        positions = (
+            torch.tensor(first, device=device).unsqueeze(1) + steps if not one else (steps + first[0]).unsqueeze(0)
+        )
         join = Join(held, counts[:1] if one else counts, device)
         masks = {}
         for kind in self.attention_kinds:
@@ -396,7 +403,8 @@ class Sleeper:
         own_window: int | None,
         plain: bool,
     ) -> torch.Tensor | None:
-        """Who sees whom, `[B or 1, 1, T, W]`: boolean for sdpa, additive for eager; `None` where plain causality says it all."""
+        """Who sees whom, `[B or 1, 1, T, W]`: boolean for sdpa, additive for eager; `None` where plain causality says
+        it all."""
         width = positions.shape[1]
         implementation = self.decoder.config._attn_implementation
         span = self.config.window_size if self.config.eviction == "sliding" else None
@@ -408,7 +416,8 @@ class Sleeper:
                 return None
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
-                f"attn_implementation={implementation!r} cannot express this mask (rows of different lengths, sliding eviction "
+                f"attn_implementation={implementation!r} cannot express this mask (rows of different lengths, "
+                "sliding eviction "
                 "or sinks): load the base with attn_implementation='sdpa'"
             )
         device = x.device
@@ -416,7 +425,9 @@ class Sleeper:
         ends = torch.tensor(first, device=device).unsqueeze(1)
         new = torch.tensor(counts[: len(held)], device=device).unsqueeze(1)
         sink = torch.tensor(sinks, device=device).unsqueeze(1)
-        column = torch.arange(max(h + n for h, n in zip(held, counts, strict=False)) if not plain else held[0] + width, device=device)
+        column = torch.arange(
+            max(h + n for h, n in zip(held, counts, strict=False)) if not plain else held[0] + width, device=device
+        )
         keys = torch.where(column < sink, column, column + (ends - have))
         distance = positions.unsqueeze(2) - keys.unsqueeze(1)
         visible = (distance >= 0) & (column < have + new).unsqueeze(1)

@@ -15,7 +15,6 @@ from torch import nn
 from .cache import Row, SleepCache, Tensors
 from .version import __version__
 
-
 FORMAT = "hf_sleep.state.v1"
 # Settings that what was read depends on; the number of passes may change from call to call.
 FIXED_SETTINGS = ("window_size", "eviction", "num_sink_tokens", "loop_layers", "block_layers", "block_kind")
@@ -41,7 +40,8 @@ def fingerprint(model: nn.Module) -> str:
 class SleepState:
     """A batch of sequences between two calls: fast weights, the current window, and counters.
 
-    Right after a sleep with hard eviction it is the fast weights and convolution tails alone; in the middle of a window it holds
+    Right after a sleep with hard eviction it is the fast weights and convolution tails alone; in the middle of a window
+    it holds
     that window's KV too, and resumes token for token.
 
     Args:
@@ -93,7 +93,9 @@ class SleepState:
         """
         for key, saved in self.settings.items():
             if (here := _settings(model)[key]) != saved:
-                raise ValueError(f"the state was saved with {key}={saved!r}, this model has {key}={here!r}: set it to that")
+                raise ValueError(
+                    f"the state was saved with {key}={saved!r}, this model has {key}={here!r}: set it to that"
+                )
         if self.dtype != str(model.dtype):
             raise ValueError(f"the state is of a {self.dtype} model, this one is {model.dtype}: load it in that dtype")
         if self.fingerprint != fingerprint(model):
@@ -127,7 +129,9 @@ class SleepState:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no sleep state: its format is {metadata.get('format')!r}, {FORMAT!r} works")
+                raise ValueError(
+                    f"{path} is no sleep state: its format is {metadata.get('format')!r}, {FORMAT!r} works"
+                )
             header = json.loads(metadata["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         rows = [Row(**row) for row in header.pop("rows")]
@@ -154,7 +158,9 @@ def _named(tensors: Tensors) -> list[tuple[str, torch.Tensor]]:
 def _unnamed(named: dict[str, torch.Tensor], devices: list[torch.device]) -> Tensors:
     def pair(prefix: str, slot: int) -> Any:
         name = f"{prefix}.{slot}."
-        return (named[name + "0"].to(devices[slot]), named[name + "1"].to(devices[slot])) if name + "0" in named else None
+        return (
+            (named[name + "0"].to(devices[slot]), named[name + "1"].to(devices[slot])) if name + "0" in named else None
+        )
 
     layers = [pair("layers", slot) for slot in range(len(devices))]
     start = {slot: p for slot in range(len(devices)) if (p := pair("window_start", slot)) is not None}

@@ -8,7 +8,6 @@ from .gated_delta_net import GatedDeltaNet
 from .jet import Jet
 from .recurrence import State
 
-
 MIXERS = {"jet": Jet, "gated_delta_net": GatedDeltaNet}
 
 
@@ -41,9 +40,7 @@ class FastWeightBlock(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.mixer = MIXERS[kind](hidden_size, num_heads, head_dim, expand_v, conv_size)
 
-    def forward(
-        self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
         """`x` `[B, T, C]`, the layer's `State`, `lengths` `[B]` or `None`: the new `[B, T, C]` and `State`."""
         mixed, state = self.mixer(self.norm(x), state, lengths)
         return x + mixed, state

@@ -28,9 +28,7 @@ class GatedDeltaNet(GatedDeltaMixer):
         self.conv_dim = 2 * self.key_dim + self.value_dim
         self.conv_weight = nn.Parameter(torch.zeros(self.conv_dim, conv_size))
 
-    def forward(
-        self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
         recurrent_state, conv_state = state
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
         qkv, conv_state = short_convolution(qkv, self.conv_weight, conv_state, lengths)

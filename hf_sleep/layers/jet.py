@@ -58,9 +58,7 @@ class Jet(GatedDeltaMixer):
         self.conv_dim = self.value_dim
         self.dynamic_conv1d = DynamicConvolution(hidden_size, self.value_dim, conv_size, generator_reduction)
 
-    def forward(
-        self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
         recurrent_state, conv_state = state
         v, conv_state = self.dynamic_conv1d(self.v_proj(x), x, conv_state, lengths)
         o, recurrent_state = gated_delta_rule(

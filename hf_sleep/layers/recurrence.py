@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-
 State = tuple[torch.Tensor, torch.Tensor]
-"""What a fast-weight layer carries from token to token: `recurrent_state` `[B, H, K, V]` fp32 (fp64 in an fp64 model) and
+"""What a fast-weight layer carries from token to token: `recurrent_state` `[B, H, K, V]` fp32 (fp64 in an fp64 model)
+and
 `conv_state` `[B, D, W]`, the last W inputs of its short convolution, oldest first."""
 
 
@@ -55,7 +55,8 @@ class GatedDeltaMixer(nn.Module):
         self.conv_size = conv_size
         if self.value_dim != num_heads * self.head_v_dim:
             raise ValueError(
-                f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; head_dim={head_dim} times expand_v must "
+                f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; head_dim={head_dim} times "
+                "expand_v must "
                 "be a whole number"
             )
         self.q_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
@@ -70,9 +71,7 @@ class GatedDeltaMixer(nn.Module):
         self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
         """Mix over time.
 
         Args:

@@ -1,0 +1,36 @@
+# ARGS passes options on: make demo ARGS="--model folder", make test ARGS="-k identity", make bench ARGS="--help".
+ARGS ?=
+
+# Two test workers with one thread each; nothing is fetched from the Hub.
+TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean env-test env-demo
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: env-demo ## watch a pretrained model sleep; options with ARGS="..."
+	@.venv/bin/python examples/demo.py $(ARGS)
+
+test: lint ## lint, then run all tests; pytest options with ARGS="..."
+	$(TEST_ENV) .venv/bin/python -m pytest -n 2 $(ARGS)
+
+lint: env-test ## ruff, mypy and the import-direction check
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy hf_sleep
+	.venv/bin/python scripts/check_imports.py
+
+bench: env-demo ## run the benchmarks; options with ARGS="..."
+	@.venv/bin/python benchmarks/run.py $(ARGS)
+
+clean: ## remove caches and build outputs (the environment, .venv, stays)
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+env-test:
+	@scripts/setup_venv.sh test
+
+env-demo:
+	@scripts/setup_venv.sh demo
