@@ -43,22 +43,21 @@ class Decoder:
         """What attention layers of this kind get as `position_embeddings`, for positions `[B, T]`."""
         return self.model.rotary_emb(x, position_ids)
 
-    def rope_scaling(self, kind: str) -> float:
-        """The factor that `rope` multiplies into cos and sin."""
-        return getattr(self.model.rotary_emb, "attention_scaling", 1.0)
+    def frequencies(self, kind: str) -> torch.Tensor | None:
+        """RoPE's inverse frequencies in layers of this kind, radians per position; `None` where there is no RoPE."""
+        return self.model.rotary_emb.inv_freq
 
     def shift_keys(self, keys: torch.Tensor, shift: torch.Tensor, kind: str) -> torch.Tensor:
-        """Rotate cached keys `[B, H, T, D]` on by `shift` `[B]` positions, exactly as RoPE would have."""
-        high = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        rope = self.rope(high, shift.view(-1, 1), kind)
-        if rope is None:
+        """Rotate cached keys `[B, H, T, D]` on by `shift` `[B]` positions (on the CPU), as RoPE would have."""
+        frequencies = self.frequencies(kind)
+        if frequencies is None:
             return keys
-        cos, sin = (table.unsqueeze(1) / self.rope_scaling(kind) for table in rope)
-        width = cos.shape[-1]
-        turned, rest = high[..., :width], high[..., width:]
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-        return torch.cat((turned, rest), dim=-1).to(keys.dtype)
+        angle = (shift.double().unsqueeze(1) * frequencies.double().cpu()).view(len(shift), 1, 1, -1)
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        cos, sin = (table.to(keys.device, dtype) for table in (angle.cos(), angle.sin()))
+        half = angle.shape[-1]
+        x, y, rest = keys.to(dtype).split((half, half, keys.shape[-1] - 2 * half), dim=-1)
+        return torch.cat((x * cos - y * sin, y * cos + x * sin, rest), dim=-1).to(keys.dtype)
 
     def attention_layer(
         self, index: int, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, kv: Any
@@ -99,8 +98,8 @@ class PerKindRopeDecoder(Decoder):
     def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
         return self.model.rotary_emb(x, position_ids, kind)
 
-    def rope_scaling(self, kind: str) -> float:
-        return getattr(self.model.rotary_emb, f"{kind}_attention_scaling")
+    def frequencies(self, kind: str) -> torch.Tensor | None:
+        return getattr(self.model.rotary_emb, f"{kind}_inv_freq")
 
 
 class HybridDecoder(Decoder):
@@ -174,7 +173,10 @@ class OlmoHybridDecoder(HybridDecoder):
     """OLMo Hybrid: separate projections, β up to 2, and no RoPE in released checkpoints."""
 
     def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
-        return None if self.model.rotary_emb is None else self.model.rotary_emb(x, position_ids)
+        return None if self.model.rotary_emb is None else super().rope(x, position_ids, kind)
+
+    def frequencies(self, kind: str) -> torch.Tensor | None:
+        return None if self.model.rotary_emb is None else super().frequencies(kind)
 
     def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         beta = mixer.b_proj(x).sigmoid() * (2.0 if mixer.allow_neg_eigval else 1.0)

@@ -109,14 +109,15 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: an unknown family, or settings that do not fit the base.
         """
         decoder = decoder_for(base)
-        attention = base.config._attn_implementation
+        # A new config resets what its sub-configs were loaded with.
+        attention, experts = base.config._attn_implementation, base.config._experts_implementation
         config = SleepLMConfig(
             text_config=base.config,
             sleep=sleep or SleepConfig(),
             base_model_name_or_path=base.config._name_or_path or None,
             dtype=base.dtype,
         )
-        config._attn_implementation = attention
+        config._attn_implementation, config._experts_implementation = attention, experts
         with torch.device("meta"):
             model = cls(config, lm=base)
         block: Any

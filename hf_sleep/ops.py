@@ -256,8 +256,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         erased, w, states, o = rest
         batch, size, key_dim = do.shape[0], qk.shape[3], qk.shape[4]
         with _no_autocast(do.device):
-            grads = _fill(qk.new_empty(*qk.shape[:4], w.shape[-1]), do, do)
-            do = grads[:, :, 0]
+            grads = qk.new_empty(*qk.shape[:4], w.shape[-1])
+            do = _fill(grads[:, :, :1], do).squeeze(2)
             dw = _matmul(scores[:, :, 0].mT, do)
             dstates = torch.empty_like(states)
             dstates[-1] = dstate.flatten(0, 1)

@@ -290,7 +290,7 @@ class Sleeper:
         dropped = torch.tensor([row.kv_length for row in rows]).unsqueeze(1) - keep_count
         is_sink = column < sink_count
         index = torch.where(is_sink, column, column + dropped).clamp(max=max(row.kv_length for row in rows) - 1)
-        index, is_sink, shift = index.to(device), is_sink.to(device), torch.tensor(shifts, device=device)
+        index, is_sink, shift = index.to(device), is_sink.to(device), torch.tensor(shifts)
         layers = list(layers)
         for i, slot in enumerate(self.slots):
             pair = layers[i]
@@ -298,7 +298,7 @@ class Sleeper:
                 continue
             keys, values = (take_columns(t, index) for t in pair)
             if recent and any(shifts):
-                turned = self.decoder.shift_keys(keys, shift.to(keys.device), slot.kind)
+                turned = self.decoder.shift_keys(keys, shift, slot.kind)
                 keys = torch.where(is_sink[:, None, :, None].to(keys.device), keys, turned)
             layers[i] = (keys, values)
         for row, keep, change in zip(rows, kept, shifts, strict=True):

@@ -1,0 +1,168 @@
+"""Tiny random members of every supported base family, and how the tests turn them into sleeping models."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_sleep import SleepConfig
+from hf_sleep.layers import FastWeightBlock
+
+VOCAB = 61
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LINEAR = {
+    # Their gated norm divides by a lone first token's q·k, which may be next to nothing.
+    "rms_norm_eps": 1e-3,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
+
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama_yarn": ("llama", {"rope_parameters": _YARN}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral_window": ("mistral", {"sliding_window": 4}),
+    "gemma3": ("gemma3_text", {"sliding_window": 4, "layer_types": _MIXED, "query_pre_attn_scalar": 8}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 4, "layer_types": _MIXED}),
+    "qwen3_next": (
+        "qwen3_next",
+        _LINEAR
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5_text",
+        _LINEAR | {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    ),
+    "olmo_hybrid": ("olmo_hybrid", _LINEAR | {"rope_parameters": _ROPE}),
+    "olmo_hybrid_nope": ("olmo_hybrid", _LINEAR | {"rope_parameters": None}),
+}
+HYBRIDS = ("qwen3_next", "qwen3_5", "olmo_hybrid", "olmo_hybrid_nope")
+ATTENTION = tuple(name for name in FAMILIES if name not in HYBRIDS)
+
+
+def sleep_config(family: str, **fields) -> SleepConfig:
+    """A small `SleepConfig` whose blocks lie before, inside and behind the looped ranges that the laws use.
+
+    A hybrid is slept with its own linear layers, plus one injected block, so that the two kinds of memory meet.
+    """
+    layers = (1,) if family in HYBRIDS else (0, 2)
+    defaults = {"window_size": 6, "block_layers": layers, "block_num_heads": 2, "block_head_dim": 8}
+    return SleepConfig(**(defaults | fields))
+
+
+def make_base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A base causal LM with random weights that are large enough for every layer to matter."""
+    model_type, fields = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(_COMMON | fields))
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", experts_implementation="eager")
+    randomize(base, seed)
+    return base.to(dtype).eval()
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int) -> None:
+    """Seeded non-trivial values for every parameter, zero-initialised ones included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "A_log":
+            value = 0.3 * noise - 0.5
+        elif leaf == "dt_bias":
+            value = 0.5 * noise - 1.0
+        elif "norm" in name:
+            value = parameter + 0.2 * noise
+        elif parameter.ndim == 3 or leaf == "conv_weight":
+            value = 0.4 * noise
+        elif "embed_tokens" in name and not module.config.tie_word_embeddings:
+            value = noise
+        elif "linear_attn" in name and leaf == "weight" and "out" not in name and "o_proj" not in name:
+            value = 0.14 * noise
+        elif "kernel_generator" in name and leaf == "bias":
+            value = parameter + 0.2 * noise
+        else:
+            value = 0.2 * noise
+        parameter.copy_(value)
+
+
+def make_model(
+    family: str, sleep: SleepConfig, dtype: torch.dtype = torch.float32, trained: bool = True, seed: int = 0
+) -> nn.Module:
+    """A sleeping model in eval mode; `trained` gives its blocks values with which memory matters."""
+    from hf_sleep import SleepForCausalLM
+
+    model = SleepForCausalLM.from_base(make_base(family, dtype, seed), sleep)
+    if trained:
+        randomize(model.fast_weights, seed + 1)
+    return model.to(dtype).eval()
+
+
+def make_stand_in(family: str, sleep: SleepConfig, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """What the reference reads of a sleeping model, built without the engine."""
+    base = make_base(family, dtype, seed)
+    sleep = sleep.resolve(base.config)
+    blocks = nn.ModuleDict()
+    for layer in sleep.block_layers:
+        block = FastWeightBlock(
+            sleep.block_kind,
+            base.config.hidden_size,
+            sleep.block_num_heads,
+            sleep.block_head_dim,
+            sleep.block_expand_v,
+            sleep.block_conv_size,
+        )
+        block.init_weights(0.02)
+        blocks[str(layer)] = block
+    randomize(blocks, seed + 1)
+    return SimpleNamespace(lm=base, fast_weights=blocks.to(dtype).eval(), config=SimpleNamespace(sleep=sleep))
+
+
+def tokens(length: int, seed: int = 1) -> torch.Tensor:
+    """`[length]` random token ids, the pad token never among them."""
+    return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def exact():
+    """Let stock modules compute in float64 where they cast to float32 (norms, rotary tables, router, gates, loss).
+
+    Without it a float64 comparison of two summation orders stops at float32's 1e-7.
+    """
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield

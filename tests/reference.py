@@ -1,0 +1,238 @@
+"""Algorithm 1 written naively: one row, window by window, pass by pass, layer by layer, token by token.
+
+The judge of the engine. It borrows the base's own layers and the parameters of the fast-weight blocks, and nothing else
+of hf_sleep: the recurrence, the convolution, the masks, the positions and the eviction are written out here.
+
+Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1; the decisions it leaves open are those of docs and specs/method.md.
+"""
+
+import sys
+from types import MappingProxyType, SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+
+def delta_rule(q, k, v, g, beta, S):
+    """Gated delta rule of q, k `[T, H, K]`, v `[T, H, V]`, g, beta `[T, H]`, S `[H, K, V]`: o `[T, H, V]`, S."""
+    q, k = (z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
+    outputs = []
+    for t in range(len(q)):
+        S = S * g[t].exp()[:, None, None]
+        u = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
+        S = S + torch.einsum("hk,hv->hkv", k[t], u)
+        outputs.append(torch.einsum("hkv,hk->hv", S, q[t]) * q.shape[-1] ** -0.5)
+    return torch.stack(outputs), S
+
+
+def convolve(x, taps, tail):
+    """Causal convolution of x `[T, D]` with taps `[T, D, W]` behind the tail `[D, W]`: y `[T, D]`, the new tail."""
+    width = tail.shape[-1]
+    padded = torch.cat((tail.T, x))
+    y = torch.stack([(taps[t] * padded[t + 1 : t + 1 + width].T).sum(-1) for t in range(len(x))])
+    return y, padded[-width:].T
+
+
+def run_block(block, h, S, tail):
+    """One injected fast-weight block on h `[T, C]`."""
+    m, x = block.mixer, block.norm(h)
+    q, k, v = m.q_proj(x), m.k_proj(x), m.v_proj(x)
+    if hasattr(m, "dynamic_conv1d"):
+        maker = m.dynamic_conv1d.kernel_generator
+        v, tail = convolve(v, maker.w2(F.silu(maker.w1(x))).view(*v.shape, -1), tail)
+    else:
+        qkv, tail = convolve(torch.cat((q, k, v), -1), m.conv_weight.expand(len(x), -1, -1), tail)
+        q, k, v = qkv.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
+    q, k, v = (F.silu(z).unflatten(-1, (m.num_heads, -1)) for z in (q, k, v))
+    g = -m.A_log.exp() * F.softplus(m.a_proj(x) + m.dt_bias)
+    o, S = delta_rule(q, k, v, g, m.b_proj(x).sigmoid(), S)
+    o = o / (o.square().mean(-1, keepdim=True) + m.o_norm.eps).sqrt() * m.o_norm.weight
+    o = o * F.silu(m.g_proj(x)).view_as(o)
+    return h + m.o_proj(o.flatten(-2)), (S, tail)
+
+
+def stock_delta_rule(query, key, value, g, beta, initial_state, **_):
+    """`delta_rule` in the place of the one that the base's own linear layers call, for a single row."""
+    groups = value.shape[2] // key.shape[2]
+    q, k = (z[0].repeat_interleave(groups, dim=1) for z in (query, key))
+    o, S = delta_rule(q, k, value[0], g[0], beta[0], initial_state[0])
+    return o[None].to(value.dtype), S[None]
+
+
+NAIVE = {"torch_chunk_gated_delta_rule": stock_delta_rule, "torch_recurrent_gated_delta_rule": stock_delta_rule}
+
+
+class LayerCache:
+    """What one stock layer sees as its cache: retained KV, or the state its recurrence starts from."""
+
+    def __init__(self, kv=None, S=None, tail=None):
+        self.kv, self.S, self.tail = kv, S, tail
+
+    def update(self, k, v, layer_idx):
+        self.kv = (k, v) if self.kv is None else tuple(torch.cat(pair, 2) for pair in zip(self.kv, (k, v), strict=True))
+        return self.kv
+
+    def get_conv_state(self, layer_idx, state_idx=0):
+        return self.tail[None]
+
+    def get_recurrent_state(self, layer_idx, state_idx=0):
+        return self.S[None]
+
+    def is_recording_past(self, layer_idx):
+        return True  # no in-place single-token step
+
+    def update_conv_state(self, x, layer_idx, conv_kernel_size):
+        full = torch.cat((self.tail[None], x), -1)
+        self.tail = full[0, :, -conv_kernel_size:]
+        return full
+
+    def update_recurrent_state(self, S, layer_idx):
+        self.S = S[0]
+
+
+class Row:
+    """One sequence on its way through the model: everything that crosses from window to window."""
+
+    def __init__(self, model):
+        self.model, self.decoder, self.config = model.lm, model.lm.model, model.lm.config
+        self.blocks, self.sleep = model.fast_weights, model.config.sleep
+        self.types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
+        self.memory = {}  # "blocks.i" or "layers.i" -> (S, tail)
+        self.kv = {}  # i -> retained (k, v) [1, H, J, D]
+        self.retained, self.next_position = [], 0  # position numbers of the retained keys; of the next token
+        like = {"dtype": self.decoder.embed_tokens.weight.dtype}
+        for i, block in self.blocks.items():
+            m = block.mixer
+            shape = (m.num_heads, m.head_dim, m.head_v_dim)
+            self.memory[f"blocks.{i}"] = torch.zeros(shape, **like), torch.zeros(m.conv_dim, m.conv_size, **like)
+        for i, layer in enumerate(self.decoder.layers):
+            if self.types[i] == "linear_attention":
+                m = layer.linear_attn
+                shape = (m.num_v_heads, m.head_k_dim, m.head_v_dim)
+                tail = torch.zeros(m.conv_dim, m.conv_kernel_size, **like)
+                self.memory[f"layers.{i}"] = torch.zeros(shape, **like), tail
+
+    def read_window(self, ids, passes):
+        """Read a window: its logits `[T, V]`. `passes` > 0: then sleep, the read being the first of them."""
+        (a, b), depth = self.sleep.loop_layers, len(self.decoder.layers)
+        self.positions = list(range(self.next_position, self.next_position + len(ids)))
+        self.start, self.current = dict(self.memory), {}
+        h = self.run(range(a), self.decoder.embed_tokens(ids)[None])
+        h = self.run(range(a, b), h)
+        logits = self.model.lm_head(self.decoder.norm(self.run(range(b, depth), h)))[0]
+        if passes > 1:
+            for _ in range(passes - 1):
+                h = self.run(range(a, b), h)
+            for i in range(b, depth):
+                self.memory.update({key: self.start[key] for key in self.start if key.endswith(f".{i}")})
+            self.run(range(b, depth), h)
+        self.next_position += len(ids)
+        if passes:
+            self.evict()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def run(self, layers, h):
+        """One pass of some layers over the window: S goes on from `memory`, conv tails from the window's `start`."""
+        for i in layers:
+            layer, key = self.decoder.layers[i], f"layers.{i}"
+            if key in self.memory:
+                cache = LayerCache(S=self.memory[key][0], tail=self.start[key][1])
+                with mock.patch.multiple(sys.modules[type(layer).__module__], **NAIVE):
+                    h = layer(h, attention_mask=None, past_key_values=cache, position_embeddings=None)
+                self.memory[key] = (cache.S, cache.tail)
+            else:
+                cache, mask = LayerCache(kv=self.kv.get(i)), self.mask(i)
+                h = layer(h, attention_mask=mask, past_key_values=cache, position_embeddings=self.rotary(i, h))
+                self.current[i] = cache.kv
+            if str(i) in self.blocks:
+                key = f"blocks.{i}"
+                S, tail = self.memory[key][0], self.start[key][1]
+                x, self.memory[key] = run_block(self.blocks[str(i)], h[0], S, tail)
+                h = x[None]
+        return h
+
+    def mask(self, i):
+        """Which key each query may see, `[1, 1, T, J + T]`."""
+        own_window = getattr(self.config, "sliding_window", None)
+        if getattr(self.config, "layer_types", None) and self.types[i] != "sliding_attention":
+            own_window = None
+        keys = self.retained + self.positions
+        visible = torch.zeros(len(self.positions), len(keys), dtype=torch.bool)
+        for row, query in enumerate(self.positions):
+            for column, key in enumerate(keys):
+                sink = key < self.sleep.num_sink_tokens
+                near = self.sleep.eviction == "hard" or query - key < self.sleep.window_size
+                inside = own_window is None or query - key < own_window
+                visible[row, column] = key <= query and (sink or near) and inside
+        return visible[None, None]
+
+    def rotary(self, i, h):
+        """cos and sin of the window's positions, for layer i."""
+        rotary = self.decoder.rotary_emb
+        if rotary is None:
+            return None
+        positions = torch.tensor([self.positions])
+        per_type = hasattr(rotary, f"{self.types[i]}_inv_freq")
+        return rotary(h, positions, self.types[i]) if per_type else rotary(h, positions)
+
+    def evict(self):
+        """Drop KV; give what stays, and the next token, small position numbers again."""
+        sleep, positions, p = self.sleep, self.retained + self.positions, self.next_position
+        recent = sleep.window_size - 1 if sleep.eviction == "sliding" else 0
+        keep = [j for j, key in enumerate(positions) if key < sleep.num_sink_tokens or j >= len(positions) - recent]
+        cap = sleep.num_sink_tokens + (sleep.window_size if sleep.eviction == "sliding" else 0)
+        shift = min(p, cap) - p
+        moves = [0 if positions[j] < sleep.num_sink_tokens else shift for j in keep]
+        for i, (k, v) in self.current.items():
+            self.kv[i] = self.rerotate(i, k[:, :, keep], moves), v[:, :, keep]
+        self.retained = [positions[j] + move for j, move in zip(keep, moves, strict=True)]
+        self.next_position = p + shift
+
+    def rerotate(self, i, k, moves):
+        """Turn keys `[1, H, J, D]` as if their tokens had stood `moves` positions further."""
+        rotary = self.decoder.rotary_emb
+        if rotary is None or not any(moves):
+            return k
+        per_type = f"{self.types[i]}_inv_freq"
+        inv_freq = getattr(rotary, per_type) if hasattr(rotary, per_type) else rotary.inv_freq
+        angle = torch.tensor(moves, dtype=torch.double)[:, None] * inv_freq.double()
+        cos, sin, half = angle.cos().to(k.dtype), angle.sin().to(k.dtype), inv_freq.shape[0]
+        x, y, rest = k[..., :half], k[..., half : 2 * half], k[..., 2 * half :]
+        return torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1)
+
+
+def reference_run(model, ids, sleep_passes=None, sleep_after=MappingProxyType({})):
+    """Run one row `[T]` through a sleeping model.
+
+    Args:
+        model: anything with `lm`, `fast_weights` and `config.sleep`.
+        sleep_passes: N, instead of the config's; or one per token, of which the one that makes a window sleep counts.
+        sleep_after: explicit sleeps: index of the token they come behind, to their N.
+
+    Returns:
+        A namespace of `logits` `[T, V]`, `memory` (name to `(S, tail)`), `positions` (of every token) and the `row`.
+    """
+    row, passes = Row(model), sleep_passes or model.config.sleep.sleep_passes
+    passes = [passes] * len(ids) if isinstance(passes, int) else passes
+    logits, positions, first = [], [], 0
+    for t in range(len(ids)):
+        full, last = t + 1 - first == model.config.sleep.window_size, t + 1 == len(ids)
+        if full or last or t in sleep_after:
+            sleeps = sleep_after.get(t) or (passes[t + 1] if full and not last else 0)
+            logits.append(row.read_window(ids[first : t + 1], sleeps))
+            positions += row.positions
+            first = t + 1
+    return SimpleNamespace(logits=torch.cat(logits), memory=row.memory, positions=positions, row=row)
+
+
+def reference_logits(model, ids, sleep_passes=None, sleep_after=MappingProxyType({})):
+    """Logits `[T, V]` of one row `[T]`."""
+    return reference_run(model, ids, sleep_passes, sleep_after).logits
+
+
+def reference_loss(model, rows, labels, sleep_passes=None):
+    """Mean next-token loss over all targets of some rows; `labels` as in transformers (unshifted, -100 ignored)."""
+    logits = torch.cat([reference_logits(model, ids, sleep_passes)[:-1] for ids in rows])
+    return F.cross_entropy(logits, torch.cat([row[1:] for row in labels]))
