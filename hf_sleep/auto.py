@@ -25,10 +25,10 @@ class AutoModelForSleepLM:
 
         Args:
             pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight
-                blocks, or of a
-                sleep checkpoint.
+                blocks, or of a sleep checkpoint.
             sleep: how to sleep. With a sleep checkpoint it may change everything but the blocks.
-            kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision, …).
+            kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision,
+                …).
 
         Raises:
             ValueError: an unknown family, settings that do not fit the base, or blocks other than the checkpoint's.

@@ -116,9 +116,8 @@ def _same_width(a: torch.Tensor, b: torch.Tensor) -> Pair:
 class SleepCache(Cache):
     """Cache of a `SleepForCausalLM`: bounded KV, fast weights, and the current window.
 
-    Make an empty one and pass it as `past_key_values`, or take it from a model's output. It holds one batch; every row
-    has
-    its own counters, so rows may be of different lengths and sleep at different steps.
+    Make an empty one and pass it as `past_key_values`, or take it from a model's output. It holds one batch; every
+    row has its own counters, so rows may be of different lengths and sleep at different steps.
 
     Source: Lee et al. 2026, Alg. 1 and §5.
     """

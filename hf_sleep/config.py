@@ -29,8 +29,7 @@ class SleepConfig:
     Args:
         window_size: L, tokens read between two sleeps.
         sleep_passes: N, passes over a full window before its KV cache is dropped; the ordinary read is the first of
-            them,
-            so 1 is the plain windowed hybrid. Can be overridden per call.
+            them, so 1 is the plain windowed hybrid. Can be overridden per call.
         eviction: `"hard"` (the window's KV goes) or `"sliding"` (the last `window_size - 1` tokens' KV stay, and
             attention spans the last `window_size` tokens).
         num_sink_tokens: the first tokens of a sequence whose KV is never evicted. An untrained sliding model needs at
@@ -38,8 +37,7 @@ class SleepConfig:
         loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep; `None` is all of them.
         block_kind: `"jet"` or `"gated_delta_net"`.
         num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
-            linear-recurrent
-            layers, none into a hybrid.
+            linear-recurrent layers, none into a hybrid.
         block_layers: instead of `num_blocks`, the decoder layers after which a block is injected.
         block_num_heads: H of a block. `None`: as many as fit half of the hidden size.
         block_head_dim: K, the key width of a head. `None`: the base's own head_dim.
@@ -193,7 +191,8 @@ class SleepLMConfig(PreTrainedConfig):
     Args:
         text_config: the base decoder's config, or its dictionary.
         sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
-        base_model_name_or_path: where the base came from, for cards and for reloading a checkpoint of new weights only.
+        base_model_name_or_path: where the base came from, for cards and for reloading a checkpoint of new weights
+            only.
         only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from
             `base_model_name_or_path`.
     """

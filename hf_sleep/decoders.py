@@ -106,8 +106,7 @@ class HybridDecoder(Decoder):
     """A base with Gated DeltaNet layers of its own (`linear_attn`), which serve as fast weights.
 
     They run on `hf_sleep.ops` instead of the base's own recurrence, whose pads decay the state and whose cache is
-    written in
-    place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
+    written in place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
     """
 
     def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

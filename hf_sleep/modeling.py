@@ -195,9 +195,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 end.
             past_key_values: the cache to go on from; is moved on, and left as it was when an error is raised.
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
-            labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever
-                window. Targets
-                at pads are ignored.
+            labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window.
+                Targets at pads are ignored.
             use_cache: return a cache; by default when one was passed.
             logits_to_keep: how many of the last columns need logits; 0 for all.
             sleep_passes: N for the sleeps of this call; by default the config's.

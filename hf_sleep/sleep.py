@@ -1,10 +1,8 @@
 """The algorithm: read a window in one pass, consolidate it with N, evict its KV.
 
-A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block.
-Slots
+A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block. Slots
 before the loop run once per window, slots in it N times, slots after it once more on what the last pass made. The
-ordinary
-read of a window is pass 1, so a window that was read token by token needs only N - 1 passes more.
+ordinary read of a window is pass 1, so a window that was read token by token needs only N - 1 passes more.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
@@ -222,11 +220,9 @@ class Sleeper:
     def consolidate(self, cache: SleepCache, rows: list[int], passes: int) -> None:
         """Sleep: run passes 2..N over the current windows of `rows`, then evict.
 
-        Every pass starts from the fast weights that the pass before left and from the convolution tail of the window's
-        start,
-        and sees the retained KV and its own. Slots behind the loop read the window anew, on the last pass's output and
-        from
-        their state at the window's start, so that they too have read it once.
+        Every pass starts from the fast weights that the pass before left and from the convolution tail of the
+        window's start, and sees the retained KV and its own. Slots behind the loop read the window anew, on the last
+        pass's output and from their state at the window's start, so that they too have read it once.
 
         Args:
             cache: is moved on.
@@ -246,13 +242,11 @@ class Sleeper:
             geometry = self._geometry(x, states, retained, fills, rewind=True)
             layers = part.layers
             for _ in range(passes - 1):
-                x, layers = self._run(
-                    self.loop, x, self._rewind(layers, part, self.loop, geometry, loop=True), geometry
-                )
-            _, layers = self._run(self.tail, x, self._rewind(layers, part, self.tail, geometry, loop=False), geometry)
-            part = Tensors(layers, part.window_start, part.hidden)
+                x, layers = self._run(self.loop, x, self._rewind(layers, part, self.loop), geometry)
+            _, layers = self._run(self.tail, x, self._rewind(layers, part, self.tail), geometry)
+            part = Tensors(layers, part.window_start, None)
         layers = self._evict(part.layers, states, device)
-        self._put(cache, index, Tensors(layers, self._window_start(layers), self._hidden(part)[:, :0]))
+        self._put(cache, index, Tensors(layers, self._window_start(layers), None))
 
     def _window_start(self, layers: list[Pair | None]) -> dict[int, Pair]:
         """What a rewind will need: convolution tails in the loop, whole states behind it."""
@@ -264,18 +258,16 @@ class Sleeper:
             kept[i] = pair if i in self.tail else (pair[0].new_empty(pair[0].shape[0], 0, 0), pair[1])
         return kept
 
-    def _rewind(
-        self, layers: list[Pair | None], part: Tensors, slots: range, geometry: Geometry, loop: bool
-    ) -> list[Pair | None]:
-        """Layers as a new pass over the window finds them: KV retained from before it; in the loop, the fast weights go
-        on."""
+    @staticmethod
+    def _rewind(layers: list[Pair | None], part: Tensors, slots: range) -> list[Pair | None]:
+        """Fast weights as a new pass over the window finds them: convolution tails of the window's start, and in the loop
+        the recurrent states of the pass before. KV needs no rewinding: `Join` passes over what was not retained.
+        """
         layers = list(layers)
         for i in slots:
-            pair = layers[i]
-            if i in part.window_start:
-                layers[i] = (pair[0], part.window_start[i][1]) if loop and pair else part.window_start[i]
-            elif pair is not None:
-                layers[i] = (pair[0][..., : geometry.join.held, :], pair[1][..., : geometry.join.held, :])
+            pair, start = layers[i], part.window_start.get(i)
+            if start is not None and pair is not None:
+                layers[i] = (start[0] if start[0].numel() else pair[0], start[1])
         return layers
 
     def _evict(self, layers: list[Pair | None], rows: list[Row], device: torch.device) -> list[Pair | None]:
@@ -295,6 +287,9 @@ class Sleeper:
         for i, slot in enumerate(self.slots):
             pair = layers[i]
             if slot.role != "attention" or pair is None:
+                continue
+            if not max(kept):
+                layers[i] = None
                 continue
             keys, values = (take_columns(t, index) for t in pair)
             if recent and any(shifts):

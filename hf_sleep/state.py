@@ -24,7 +24,8 @@ SAMPLES = 16
 def fingerprint(model: nn.Module) -> str:
     """Hex digest of a model's parameters: names, shapes, and 16 values of each as bfloat16.
 
-    The same weights give the same digest in any floating dtype and on any device; weights that were trained on do not.
+    The same weights give the same digest in any floating dtype and on any device; weights that were trained on do
+    not.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -40,9 +41,8 @@ def fingerprint(model: nn.Module) -> str:
 class SleepState:
     """A batch of sequences between two calls: fast weights, the current window, and counters.
 
-    Right after a sleep with hard eviction it is the fast weights and convolution tails alone; in the middle of a window
-    it holds
-    that window's KV too, and resumes token for token.
+    Right after a sleep with hard eviction it is the fast weights and convolution tails alone; in the middle of a
+    window it holds that window's KV too, and resumes token for token.
 
     Args:
         tensors: by name; batch first.
