@@ -1,7 +1,7 @@
 """The algorithm: read a window in one pass, consolidate it with N, evict its KV.
 
-A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block. Slots
-before the loop run once per window, slots in it N times, slots after it once more on what the last pass made. The
+A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block.
+Slots before the loop run once per window, slots in it N times, slots after it once more on what the last pass made. The
 ordinary read of a window is pass 1, so a window that was read token by token needs only N - 1 passes more.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
@@ -258,16 +258,15 @@ class Sleeper:
             kept[i] = pair if i in self.tail else (pair[0].new_empty(pair[0].shape[0], 0, 0), pair[1])
         return kept
 
-    @staticmethod
-    def _rewind(layers: list[Pair | None], part: Tensors, slots: range) -> list[Pair | None]:
-        """Fast weights as a new pass over the window finds them: convolution tails of the window's start, and in the loop
-        the recurrent states of the pass before. KV needs no rewinding: `Join` passes over what was not retained.
+    def _rewind(self, layers: list[Pair | None], part: Tensors, slots: range) -> list[Pair | None]:
+        """Fast weights as a new pass finds them: convolution tails of the window's start, and in the loop the recurrent
+        states of the pass before. KV needs no rewinding: `Join` passes over what was not retained.
         """
         layers = list(layers)
         for i in slots:
             pair, start = layers[i], part.window_start.get(i)
             if start is not None and pair is not None:
-                layers[i] = (start[0] if start[0].numel() else pair[0], start[1])
+                layers[i] = (start[0] if i in self.tail else pair[0], start[1])
         return layers
 
     def _evict(self, layers: list[Pair | None], rows: list[Row], device: torch.device) -> list[Pair | None]:
