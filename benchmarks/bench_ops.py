@@ -71,28 +71,33 @@ def compare(run: Callable, inputs: list[torch.Tensor], budget: float) -> tuple[f
     return ours, reference, statistics.median(a / b for a, b in times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: about half a minute")
-    parser.add_argument("--threads", type=int, help="on a busy machine, 1 gives steadier ratios")
-    args = parser.parse_args()
-    quick = args.quick
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def ratios(quick: bool) -> list[tuple[int, float, float]]:
+    """Print a row per size; tokens, ratio forward, ratio forward + backward."""
     tokens = TOKENS[:3] if quick else TOKENS
     heads = HEADS[:2] if quick else HEADS
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms ours / ms transformers = ratio")
     print(f"{'dtype':8} {'B':>2} {'H':>3} {'K':>3} {'V':>3} {'T':>5} {'forward':>25} {'forward + backward':>25}")
-    ratios = []
+    measured = []
     for dtype, batch, (h, key_dim, value_dim), t in itertools.product(DTYPES, BATCHES, heads, tokens):
         if batch * t * h * value_dim > MAX_VALUES:
             continue
         inputs = make_inputs(batch, t, h, key_dim, value_dim, dtype)
         row = [compare(run, inputs, 0.3 if quick else 1.0) for run in (forward, forward_and_backward)]
-        ratios += [ratio for _, _, ratio in row]
+        measured.append((t, row[0][2], row[1][2]))
         cells = " ".join(f"{1e3 * a:8.2f} /{1e3 * b:8.2f} ={r:5.2f}" for a, b, r in row)
         print(f"{str(dtype)[6:]:8} {batch:2} {h:3} {key_dim:3} {value_dim:3} {t:5} {cells}", flush=True)
-    print(f"ratio: worst {max(ratios):.2f}, median {statistics.median(ratios):.2f}, best {min(ratios):.2f}")
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: about half a minute")
+    parser.add_argument("--threads", type=int, help="on a busy machine, 1 gives steadier ratios")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    both = [ratio for _, *row in ratios(args.quick) for ratio in row]
+    print(f"ratio: worst {max(both):.2f}, median {statistics.median(both):.2f}, best {min(both):.2f}")
 
 
 if __name__ == "__main__":

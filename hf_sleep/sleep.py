@@ -79,9 +79,13 @@ class Join:
 
 
 def take_columns(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns `index` `[B, W]` of `[B, ..., T, D]`, per row."""
-    index = index.to(t.device).view(index.shape[0], *(1,) * (t.dim() - 3), index.shape[1], 1)
-    return torch.take_along_dim(t, index, dim=-2)
+    """Columns `index` `[B, W]` of `[B, ..., T, D]`, per row; `[1, W]`: the same of every row."""
+    index = index.to(t.device)
+    if index.shape[0] == 1:
+        # Its backward needs no copy of t, as gather's does.
+        return t.index_select(-2, index[0])
+    index = index.view(index.shape[0], *(1,) * (t.dim() - 3), index.shape[1], 1)
+    return t.gather(-2, index.expand(*t.shape[:-2], -1, t.shape[-1]))
 
 
 @dataclass
@@ -240,10 +244,10 @@ class Sleeper:
             retained = [row.retained for row in states]
             x = self._hidden(part)[:, : max(fills)]
             geometry = self._geometry(x, states, retained, fills, rewind=True)
-            layers = part.layers
+            layers, start = part.layers, self._start_of_window(part, max(retained))
             for _ in range(passes - 1):
-                x, layers = self._run(self.loop, x, self._rewind(layers, part, self.loop), geometry)
-            _, layers = self._run(self.tail, x, self._rewind(layers, part, self.tail), geometry)
+                x, layers = self._run(self.loop, x, self._rewind(layers, start, self.loop), geometry)
+            _, layers = self._run(self.tail, x, self._rewind(layers, start, self.tail), geometry)
             part = Tensors(layers, part.window_start, None)
         layers = self._evict(part.layers, states, device)
         self._put(cache, index, Tensors(layers, self._window_start(layers), None))
@@ -258,15 +262,28 @@ class Sleeper:
             kept[i] = pair if i in self.tail else (pair[0].new_empty(pair[0].shape[0], 0, 0), pair[1])
         return kept
 
-    def _rewind(self, layers: list[Pair | None], part: Tensors, slots: range) -> list[Pair | None]:
-        """Fast weights as a new pass finds them: convolution tails of the window's start, and in the loop the recurrent
-        states of the pass before. KV needs no rewinding: `Join` passes over what was not retained.
-        """
+    def _start_of_window(self, part: Tensors, retained: int) -> dict[int, Pair | None]:
+        """What each slot that runs again carried when the window began."""
+        start: dict[int, Pair | None] = dict(part.window_start)
+        for i in (*self.loop, *self.tail):
+            if i not in self.fast_slots:
+                pair = part.layers[i]
+                # Copies: a view would keep the whole window's KV alive through the backward.
+                start[i] = (
+                    (pair[0][..., :retained, :].clone(), pair[1][..., :retained, :].clone())
+                    if pair and retained
+                    else None
+                )
+        return start
+
+    def _rewind(self, layers: list[Pair | None], start: dict[int, Pair | None], slots: range) -> list[Pair | None]:
+        """Slots as a new pass finds them: as at the window's start, but in the loop the recurrent states go on."""
         layers = list(layers)
         for i in slots:
-            pair, start = layers[i], part.window_start.get(i)
-            if start is not None and pair is not None:
-                layers[i] = (start[0] if i in self.tail else pair[0], start[1])
+            pair, begin = layers[i], start[i]
+            if i in self.fast_slots and i in self.loop and pair is not None and begin is not None:
+                begin = (pair[0], begin[1])
+            layers[i] = begin
         return layers
 
     def _evict(self, layers: list[Pair | None], rows: list[Row], device: torch.device) -> list[Pair | None]:
@@ -275,13 +292,16 @@ class Sleeper:
         recent = self.config.window_size - 1 if self.config.eviction == "sliding" else 0
         cap = self.config.max_position - self.config.window_size
         kept = [s + min(recent, row.kv_length - s) for s, row in zip(sinks, rows, strict=True)]
+        dropped = [row.kv_length - keep for keep, row in zip(kept, rows, strict=True)]
         shifts = [min(row.position, cap) - row.position for row in rows]
+        # A table of one row where all rows are alike.
+        plan = torch.tensor(sorted({*zip(sinks, dropped, kept, shifts, strict=True)}))
+        if len(plan) > 1:
+            plan = torch.tensor([sinks, dropped, kept, shifts]).T
         column = torch.arange(max(kept))
-        sink_count, keep_count = torch.tensor(sinks).unsqueeze(1), torch.tensor(kept).unsqueeze(1)
-        dropped = torch.tensor([row.kv_length for row in rows]).unsqueeze(1) - keep_count
-        is_sink = column < sink_count
-        index = torch.where(is_sink, column, column + dropped).clamp(max=max(row.kv_length for row in rows) - 1)
-        index, is_sink, shift = index.to(device), is_sink.to(device), torch.tensor(shifts)
+        is_sink = column < plan[:, :1]
+        index = torch.where(is_sink, column, column + plan[:, 1:2]).clamp(max=max(row.kv_length for row in rows) - 1)
+        index, is_sink, shift = index.to(device), is_sink.to(device), plan[:, 3]
         layers = list(layers)
         for i, slot in enumerate(self.slots):
             pair = layers[i]

@@ -1,0 +1,309 @@
+"""What sleeping costs and saves, as ratios of medians of one run: make bench
+
+Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with any Hub id or folder), the
+timed things in turn, so that a drift of the machine's speed hits all of them. Memory in training is measured in
+processes of its own.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import bench_ops
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep.decoders import Decoder
+
+WINDOW = 512
+console = Console(width=120)
+
+
+class Report:
+    """Rows of measured figures beside what they must be."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+
+    def add(self, what: str, measured: float, relation: str, target: float, detail: str) -> None:
+        met = measured <= target if relation == "<=" else measured >= target
+        self.rows.append(
+            {"what": what, "measured": measured, "target": f"{relation} {target}", "met": met, "detail": detail}
+        )
+        console.print(f"{what}: {measured:.3f} (target {relation} {target}; {detail})", highlight=False)
+
+    def table(self) -> Table:
+        table = Table(title="Ratios of medians, one run", show_lines=True)
+        for column in ("what", "measured", "target", "met", "from"):
+            table.add_column(column)
+        for row in self.rows:
+            table.add_row(
+                row["what"], f"{row['measured']:.3f}", row["target"], "yes" if row["met"] else "NO", row["detail"]
+            )
+        return table
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(functions: list[Callable[[], object]], turns: int) -> list[float]:
+    """Median seconds of each, timed one after the other in every turn."""
+    times = [[seconds(function) for function in functions] for _ in range(turns)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, steps: int) -> None:
+    """Reading `far` tokens, then decoding behind them, beside the bare base."""
+    base, half = model.lm, WINDOW // 2
+    ids = torch.randint(3, model.config.text_config.vocab_size, (1, far + half + steps))
+    prompt = ids[:, : far + half]
+    full, asleep, near = DynamicCache(config=base.config), SleepCache(), SleepCache()
+    model(ids[:, :WINDOW], logits_to_keep=1, sleep_passes=1)
+    base(ids[:, :WINDOW], logits_to_keep=1)
+    ours, theirs = in_turn(
+        [
+            lambda: model(prompt, past_key_values=asleep, logits_to_keep=1, sleep_passes=1),
+            lambda: base(prompt, past_key_values=full, use_cache=True, logits_to_keep=1),
+        ],
+        turns=1,
+    )
+    count = prompt.shape[1]
+    report.add(
+        f"tokens/s reading {count:,} tokens, N = 1 ÷ the base's prefill",
+        theirs / ours,
+        ">=",
+        1.0,
+        f"{count / ours:.0f}/s, {count / theirs:.0f}/s",
+    )
+    report.add(
+        f"bytes of cache after {count:,} tokens, base ÷ sleeping (all it holds)",
+        cache_bytes(full) / asleep.num_bytes(),
+        ">=",
+        10.0,
+        f"{cache_bytes(full) / 1e6:.1f} MB, {asleep.num_bytes() / 1e6:.1f} MB",
+    )
+    model(ids[:, : WINDOW + half], past_key_values=near, logits_to_keep=1, sleep_passes=1)
+    same = DynamicCache(config=base.config)
+    base(ids[:, :half], past_key_values=same, use_cache=True, logits_to_keep=1)
+
+    token = iter(itertools.cycle(ids[:, -steps:].split(1, dim=1)))
+    after_near, after_far, bare, bare_full = in_turn(
+        [
+            lambda: model(next(token), past_key_values=near),
+            lambda: model(next(token), past_key_values=asleep),
+            lambda: base(next(token), past_key_values=same, use_cache=True),
+            lambda: base(next(token), past_key_values=full, use_cache=True),
+        ],
+        turns=steps,
+    )
+    ms = f"{after_far * 1e3:.1f} ms"
+    report.add(
+        f"decode after {count:,} ÷ after {WINDOW + half}",
+        after_far / after_near,
+        "<=",
+        1.05,
+        f"{ms}, {after_near * 1e3:.1f} ms",
+    )
+    report.add(
+        "decode ÷ bare base, same physical context",
+        after_near / bare,
+        "<=",
+        1.15,
+        f"{after_near * 1e3:.1f} ms, {bare * 1e3:.1f} ms",
+    )
+    report.add(
+        f"bare base with {count:,} tokens of cache ÷ decode",
+        bare_full / after_far,
+        ">=",
+        2.0,
+        f"{bare_full * 1e3:.1f} ms, {ms}",
+    )
+
+
+def passes(model: SleepForCausalLM, report: Report, turns: int) -> None:
+    """What N passes over all layers cost, reading windows that all sleep."""
+    ids = torch.randint(3, model.config.text_config.vocab_size, (1, 4 * WINDOW + 1))
+
+    def reading(n: int) -> Callable[[], object]:
+        return lambda: model(ids, logits_to_keep=1, sleep_passes=n)
+
+    once, twice, four = in_turn([reading(1), reading(2), reading(4)], turns)
+    for n, took in ((2, twice), (4, four)):
+        report.add(
+            f"reading with N = {n} ÷ {n} × N = 1",
+            took / (n * once),
+            "<=",
+            1.05,
+            f"{took:.2f} s, {once:.2f} s, 4 windows",
+        )
+
+
+def decoded_window(model: SleepForCausalLM, report: Report, turns: int) -> None:
+    """Sleep on a window that was filled token by token: N - 1 passes."""
+    ids = torch.randint(3, model.config.text_config.vocab_size, (1, WINDOW))
+    cache = SleepCache()
+    model(ids[:, :-32], past_key_values=cache, logits_to_keep=1)
+    for token in ids[:, -32:].split(1, dim=1):
+        model(token, past_key_values=cache)
+    layers = model.config.text_config.num_hidden_layers
+    for n in (1, 4):
+        with mock.patch.object(Decoder, "attention_layer", autospec=True, side_effect=Decoder.attention_layer) as calls:
+            model.sleep(cache.fork(), sleep_passes=n)
+        report.add(
+            f"passes run by a sleep of a decoded window, N = {n}", calls.call_count / layers, "<=", n - 1, "counted"
+        )
+    read, slept = in_turn(
+        [lambda: model(ids, logits_to_keep=1), lambda: model.sleep(cache.fork(), sleep_passes=4)], turns
+    )
+    report.add(
+        "sleep of a decoded window, N = 4 ÷ 3 reads of a window",
+        slept / (3 * read),
+        "<=",
+        1.05,
+        f"{slept:.2f} s, {read:.2f} s",
+    )
+
+
+def operators(report: Report, quick: bool) -> None:
+    """The chunked gated delta rule beside transformers' torch fallback."""
+    rows = bench_ops.ratios(quick)
+    for part, ratio in (("forward", 1), ("forward + backward", 2)):
+        values = [row[ratio] for row in rows]
+        windows = [row[ratio] for row in rows if 64 <= row[0] <= 256]
+        report.add(
+            f"gated delta rule ÷ transformers, {part}, worst",
+            max(values),
+            "<=",
+            1.0,
+            f"{len(values)} sizes, median {statistics.median(values):.2f}",
+        )
+        report.add(
+            f"    median for 64-256 tokens, {part}", statistics.median(windows), "<=", 0.99, f"{len(windows)} sizes"
+        )
+
+
+def train_once(windows: int, checkpointing: bool) -> None:
+    """Print the peak memory of one training step (run in a process of its own)."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        vocab_size=256,
+        max_position_embeddings=512,
+    )
+    sleep = SleepConfig(window_size=128, sleep_passes=2, num_blocks=2)
+    model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep).train()
+    if checkpointing:
+        model.gradient_checkpointing = True
+
+    def step(count: int) -> None:
+        ids = torch.randint(0, 256, (8, 128 * count))
+        labels = torch.where(torch.arange(ids.shape[1]) < 128 * (count - 1), -100, ids)
+        model(ids, labels=labels).loss.backward()
+
+    step(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(windows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    state = SleepCache()
+    with torch.no_grad():
+        model(torch.zeros(8, 1, dtype=torch.long), past_key_values=state)
+    hidden = 8 * 128 * 256 * 4
+    print(json.dumps({"peak": peak * 1024, "state": state.fast_weight_bytes(), "hidden": hidden}))
+
+
+def training_memory(report: Report) -> None:
+    """Peak memory of a training step over more and more windows."""
+
+    def measure(windows: int, checkpointing: bool) -> dict:
+        command = [
+            sys.executable,
+            __file__,
+            "--train-once",
+            str(windows),
+            *(["--checkpointing"] if checkpointing else []),
+        ]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    plain = measure(5, False)["peak"] / 4
+    results = {n: measure(n, True) for n in (2, 16)}
+    growth = (results[16]["peak"] - results[2]["peak"]) / 14
+    kept = results[16]["state"] + 2 * results[16]["hidden"]
+    report.add(
+        "training memory per further window, checkpointing ÷ without",
+        growth / plain,
+        "<=",
+        0.25,
+        f"{growth / 1e6:.1f} MB, {plain / 1e6:.1f} MB",
+    )
+    report.add(
+        "    the same ÷ (a state and the passes' inputs)",
+        growth / kept,
+        "<=",
+        2.0,
+        f"{growth / 1e6:.1f} MB, {kept / 1e6:.1f} MB",
+    )
+
+
+def load(source: str | None) -> PreTrainedModel:
+    folder = source or ".demo/SmolLM2-135M-Instruct"
+    if source is None and not Path(folder).is_dir():
+        raise SystemExit(f"{folder} is missing: run `make demo` once, or pass --model with a Hub id or folder")
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hub id or folder (default: the SmolLM2 that make demo unpacked)")
+    parser.add_argument("--tokens", type=int, default=16384, help="how far to read (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and turns, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--train-once", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train_once:
+        train_once(arguments.train_once, arguments.checkpointing)
+        return
+    report, turns = Report(), 1 if arguments.quick else 3
+    torch.manual_seed(0)
+    model = SleepForCausalLM.from_base(load(arguments.model), SleepConfig(window_size=WINDOW, num_blocks=6))
+    console.print(
+        f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, {model.dtype}"
+    )
+    with torch.inference_mode():
+        reading_and_decoding(model, report, 1024 if arguments.quick else arguments.tokens, 8 if arguments.quick else 96)
+        passes(model, report, turns)
+        decoded_window(model, report, turns)
+    operators(report, arguments.quick)
+    training_memory(report)
+    console.print(report.table())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
