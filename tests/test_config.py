@@ -1,0 +1,221 @@
+"""SleepConfig and SleepLMConfig: what cannot work says so, and what works survives its files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from families import ATTENTION, HYBRIDS, make_base, sleep_config
+from transformers import AutoConfig, LlamaConfig
+
+from hf_sleep import SleepConfig, SleepForCausalLM, SleepLMConfig, __version__
+
+# Settings, the field and value that the error must name, what it must say works, and settings that then do.
+IMPOSSIBLE = {
+    "window 0": ({"window_size": 0}, "window_size=0", "at least 2", {"window_size": 2}),
+    "window 1": ({"window_size": 1}, "window_size=1", "at least 2", {"window_size": 2}),
+    "window True": ({"window_size": True}, "window_size=True", "integer of at least 2", {"window_size": 2}),
+    "window 2.5": ({"window_size": 2.5}, "window_size=2.5", "integer of at least 2", {"window_size": 2}),
+    "window None": ({"window_size": None}, "window_size=None", "integer of at least 2", {"window_size": 2}),
+    "passes 0": ({"sleep_passes": 0}, "sleep_passes=0", "at least 1", {"sleep_passes": 1}),
+    "passes True": ({"sleep_passes": True}, "sleep_passes=True", "integer of at least 1", {"sleep_passes": 1}),
+    "passes str": ({"sleep_passes": "2"}, "sleep_passes='2'", "integer of at least 1", {"sleep_passes": 2}),
+    "eviction": ({"eviction": "soft"}, "eviction='soft'", "hard, sliding", {"eviction": "sliding"}),
+    "sinks -1": ({"num_sink_tokens": -1}, "num_sink_tokens=-1", "at least 0", {"num_sink_tokens": 0}),
+    "sinks = window": (
+        {"window_size": 4, "num_sink_tokens": 4},
+        "num_sink_tokens=4",
+        "less than window_size=4",
+        {"window_size": 4, "num_sink_tokens": 3},
+    ),
+    "loop backwards": ({"loop_layers": (3, 1)}, "loop_layers=(3, 1)", "0 <= a < b", {"loop_layers": (1, 3)}),
+    "loop empty": ({"loop_layers": (2, 2)}, "loop_layers=(2, 2)", "0 <= a < b", {"loop_layers": (2, 3)}),
+    "loop below 0": ({"loop_layers": (-1, 2)}, "loop_layers=(-1, 2)", "0 <= a < b", {"loop_layers": (0, 2)}),
+    "loop of one": ({"loop_layers": (0,)}, "loop_layers=(0,)", "(a, b)", {"loop_layers": (0, 1)}),
+    "loop str": ({"loop_layers": "ab"}, "loop_layers='ab'", "tuple of integers", {"loop_layers": (0, 1)}),
+    "loop int": ({"loop_layers": 3}, "loop_layers=3", "tuple of integers", {"loop_layers": (0, 3)}),
+    "loop floats": ({"loop_layers": (0, 2.0)}, "loop_layers=(0, 2.0)", "tuple of integers", {"loop_layers": (0, 2)}),
+    "loop too deep": ({"loop_layers": (0, 5)}, "loop_layers=(0, 5)", "b is at most 4", {"loop_layers": (0, 4)}),
+    "kind": ({"block_kind": "mamba"}, "block_kind='mamba'", "jet, gated_delta_net", {"block_kind": "gated_delta_net"}),
+    "blocks -1": ({"num_blocks": -1}, "num_blocks=-1", "at least 0", {"num_blocks": 1}),
+    "blocks too many": ({"num_blocks": 5}, "num_blocks=5", "at most 4", {"num_blocks": 4}),
+    "blocks 0": ({"num_blocks": 0}, "num_blocks=0", "at least one", {"num_blocks": 1}),
+    "blocks twice": (
+        {"num_blocks": 2, "block_layers": (1,)},
+        "num_blocks=2",
+        "block_layers lists 1: give one of the two",
+        {"block_layers": (1,)},
+    ),
+    "layers unsorted": ({"block_layers": (2, 0)}, "block_layers=(2, 0)", "in order", {"block_layers": (0, 2)}),
+    "layers twice": ({"block_layers": (1, 1)}, "block_layers=(1, 1)", "each once", {"block_layers": (1,)}),
+    "layers below 0": ({"block_layers": (-1, 2)}, "block_layers=(-1, 2)", "from 0", {"block_layers": (0, 2)}),
+    "layers too deep": ({"block_layers": (0, 4)}, "block_layers=(0, 4)", "0 to 3", {"block_layers": (0, 3)}),
+    "layers str": ({"block_layers": "02"}, "block_layers='02'", "tuple of integers", {"block_layers": (0, 2)}),
+    "heads 0": ({"block_num_heads": 0}, "block_num_heads=0", "at least 1", {"block_num_heads": 1}),
+    "head_dim -8": ({"block_head_dim": -8}, "block_head_dim=-8", "at least 1", {"block_head_dim": 8}),
+    "conv 1": ({"block_conv_size": 1}, "block_conv_size=1", "at least 2", {"block_conv_size": 2}),
+    "expand 0": ({"block_expand_v": 0}, "block_expand_v=0", "positive", {"block_expand_v": 1}),
+    "expand str": ({"block_expand_v": "2"}, "block_expand_v='2'", "positive number", {"block_expand_v": 2}),
+}
+
+
+def retrofit(**fields) -> SleepForCausalLM:
+    return SleepForCausalLM.from_base(make_base("llama"), SleepConfig(**fields))
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_work_names_field_value_and_what_works(case):
+    fields, named, advice, fixed = IMPOSSIBLE[case]
+    with pytest.raises(ValueError, match="cannot work") as error:
+        retrofit(**fields)
+    assert f"SleepConfig.{named} cannot work" in str(error.value)
+    assert advice in str(error.value)
+    assert retrofit(**fixed).config.sleep.block_layers
+
+
+@pytest.mark.parametrize(
+    ("expand", "heads"),
+    [
+        pytest.param(1.3, 2, marks=pytest.mark.xfail(reason="int() truncates 2 heads of 10.4 values to 10")),
+        pytest.param(1.3, 1, marks=pytest.mark.xfail(reason="int() truncates a head of 10.4 values to 10")),
+        pytest.param(0.1, 1, marks=pytest.mark.xfail(reason="int() truncates a head of 0.8 values to none")),
+        pytest.param(1.3, 4, marks=pytest.mark.xfail(reason="the mixer's error does not name SleepConfig's field")),
+        pytest.param(float("nan"), 2, marks=pytest.mark.xfail(reason="NaN <= 0 is False")),
+        pytest.param(float("inf"), 2, marks=pytest.mark.xfail(reason="inf is a positive number")),
+        pytest.param(True, 2, marks=pytest.mark.xfail(reason="bool is an int")),
+    ],
+)
+def test_a_value_width_that_is_no_whole_number_is_refused(expand, heads):
+    with pytest.raises(ValueError, match=r"SleepConfig\.block_expand_v") as error:
+        retrofit(block_expand_v=expand, block_head_dim=8, block_num_heads=heads)
+    assert repr(expand) in str(error.value)
+
+
+def test_a_value_width_that_is_a_whole_number_is_exact():
+    mixer = retrofit(block_expand_v=1.25, block_head_dim=8, block_num_heads=3).fast_weights["2"].mixer
+    assert (mixer.head_v_dim, mixer.value_dim) == (10, 30)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "sinks", "most"), [("hard", 0, 2048), ("hard", 3, 2045), ("sliding", 0, 1024), ("sliding", 3, 1022)]
+)
+def test_a_window_beyond_the_bases_positions_is_refused_with_the_largest_that_works(eviction, sinks, most):
+    base = make_base("llama").config
+    settings = {"eviction": eviction, "num_sink_tokens": sinks}
+    with pytest.raises(ValueError, match=rf"window_size={most + 1} cannot work: .* use at most {most}$"):
+        SleepConfig(window_size=most + 1, **settings).resolve(base)
+    assert SleepConfig(window_size=most, **settings).resolve(base).max_position <= base.max_position_embeddings
+
+
+@pytest.mark.xfail(reason="the window it suggests, 548, is smaller than num_sink_tokens")
+def test_the_largest_window_that_is_suggested_works_with_the_sinks():
+    base = make_base("llama").config
+    with pytest.raises(ValueError, match="use at most") as error:
+        SleepConfig(window_size=2000, num_sink_tokens=1500).resolve(base)
+    SleepConfig(window_size=int(str(error.value).rsplit(" ", 1)[1]), num_sink_tokens=1500).resolve(base)
+
+
+def test_what_was_left_open_is_filled_from_the_base():
+    """One block per four layers, evenly spaced, half as wide as the base; all layers loop."""
+    base = LlamaConfig(num_hidden_layers=16, hidden_size=64, num_attention_heads=4)
+    sleep = SleepConfig().resolve(base)
+    assert (sleep.num_blocks, sleep.block_layers, sleep.loop_layers) == (4, (2, 6, 10, 14), (0, 16))
+    assert (sleep.block_head_dim, sleep.block_num_heads) == (16, 2)
+    assert SleepConfig(num_blocks=3).resolve(base).block_layers == (2, 8, 13)
+    assert SleepConfig(num_blocks=16).resolve(base).block_layers == tuple(range(16))
+    assert SleepConfig().resolve(LlamaConfig(num_hidden_layers=2)).num_blocks == 1
+    assert sleep.resolve(base) == sleep
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_an_attention_only_base_gets_blocks(family):
+    assert SleepConfig().resolve(make_base(family).config).block_layers == (2,)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_hybrid_gets_blocks_only_where_asked(family):
+    assert not SleepForCausalLM.from_base(make_base(family)).fast_weights
+    assert list(SleepForCausalLM.from_base(make_base(family), SleepConfig(num_blocks=1)).fast_weights) == ["2"]
+    assert not SleepConfig(num_blocks=0).resolve(make_base(family).config).block_layers
+
+
+FULL = SleepConfig(
+    window_size=64,
+    sleep_passes=3,
+    eviction="sliding",
+    num_sink_tokens=2,
+    loop_layers=(1, 3),
+    block_kind="gated_delta_net",
+    block_layers=[0, 2],
+    block_num_heads=2,
+    block_head_dim=4,
+    block_expand_v=1.5,
+    block_conv_size=3,
+)
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+@pytest.mark.parametrize("sleep", [SleepConfig(), FULL], ids=["default", "full"])
+def test_a_config_survives_json(sleep, resolved):
+    sleep = sleep.resolve(make_base("llama").config) if resolved else sleep
+    assert SleepConfig.from_dict(json.loads(json.dumps(sleep.to_dict()))) == sleep
+
+
+@pytest.mark.parametrize("family", ["llama_yarn", "gemma3", "qwen3_next"])
+def test_a_model_config_survives_its_file(family, tmp_path):
+    config = SleepLMConfig(
+        text_config=make_base(family).config, sleep=sleep_config(family, sleep_passes=3), base_model_name_or_path="a/b"
+    )
+    config.save_pretrained(tmp_path)
+    for loaded in (SleepLMConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is SleepLMConfig
+        assert loaded.sleep == config.sleep
+        assert type(loaded.sleep.block_layers) is tuple
+        assert type(loaded.text_config) is type(config.text_config)
+        assert loaded.base_model_name_or_path == "a/b"
+        ignored = {"transformers_version", "_name_or_path"}
+        assert {k: v for k, v in loaded.to_dict().items() if k not in ignored} == {
+            k: v for k, v in config.to_dict().items() if k not in ignored
+        }
+
+
+def test_fields_of_a_newer_version_are_named_and_ignored(tmp_path):
+    newer = FULL.to_dict() | {"dream_depth": 3, "version": "9.9"}
+    with pytest.warns(UserWarning, match=rf"\['dream_depth'\] \(written by hf_sleep 9.9, this is {__version__}\)"):
+        assert SleepConfig.from_dict(newer).to_dict() == FULL.to_dict() | {"version": "9.9"}
+
+    SleepLMConfig(text_config=make_base("llama").config, sleep=FULL).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    written["sleep"]["dream_depth"] = 3
+    file.write_text(json.dumps(written))
+    with pytest.warns(UserWarning, match="dream_depth"):
+        assert AutoConfig.from_pretrained(tmp_path).sleep.window_size == FULL.window_size
+
+
+def test_an_impossible_value_in_a_file_is_refused_as_in_code(tmp_path):
+    SleepLMConfig(text_config=make_base("llama").config, sleep=FULL).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"window_size": 64', '"window_size": 1'))
+    with pytest.raises(ValueError, match=r"SleepConfig\.window_size=1 cannot work"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", [None, "nonesuch"])
+def test_an_unknown_base_config_is_named(model_type):
+    with pytest.raises(ValueError, match=rf"text_config has model_type={model_type!r}"):
+        SleepLMConfig(text_config={"model_type": model_type})
+
+
+def test_plain_transformers_says_that_it_does_not_know_the_type(tmp_path):
+    """Rather than load the base without its memory."""
+    SleepLMConfig(text_config=make_base("llama").config, sleep=FULL).save_pretrained(tmp_path)
+    code = (
+        "import sys\nfrom transformers import AutoConfig\n"
+        "try:\n    AutoConfig.from_pretrained(sys.argv[1])\n"
+        "except ValueError as error:\n    print(error)\n"
+        "assert 'hf_sleep' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert "sleep_lm" in run.stdout
+    assert "does not recognize" in run.stdout

@@ -1,0 +1,371 @@
+"""SleepForCausalLM as a model among others: what it refuses, its loss, Trainer, and a stream without end."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from families import VOCAB, make_base, make_model, sleep_config, tokens
+from test_laws import assert_close, pad
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep import modeling as modeling_module
+
+L = 5
+
+
+def sleeper(family: str = "llama", dtype: torch.dtype = torch.float32, **fields) -> SleepForCausalLM:
+    return make_model(family, sleep_config(family, **({"window_size": L} | fields)), dtype)
+
+
+# What it refuses.
+
+IDS = tokens(6, 3).view(2, 3)
+MASK = torch.ones(2, 3, dtype=torch.long)
+REFUSED = {
+    "no input": ({}, "pass exactly one of input_ids and inputs_embeds"),
+    "two inputs": ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 3, 32)}, "pass exactly one of input_ids and"),
+    "no tokens": ({"input_ids": IDS[:, :0]}, r"shape \(2, 0\): .* at least one token"),
+    "no rows": ({"input_ids": IDS[:0]}, r"shape \(0, 3\): .* at least one token"),
+    "one dimension": ({"input_ids": IDS[0]}, r"shape \(3,\): it must be \[batch, tokens\]"),
+    "three dimensions": ({"input_ids": IDS[None]}, r"shape \(1, 2, 3\): it must be \[batch, tokens\]"),
+    "no embeddings": ({"inputs_embeds": torch.zeros(2, 0, 32)}, r"shape \(2, 0\): .* at least one token"),
+    "a negative id": ({"input_ids": IDS - 100}, r"input_ids hold -\d+: ids must be from 0 to 60"),
+    "an id of the padded loss": (
+        {"input_ids": IDS.clone().fill_(-100)},
+        "input_ids hold -100: ids must be from 0 to 60",
+    ),
+    "an id beyond the vocabulary": (
+        {"input_ids": IDS.clone().fill_(VOCAB)},
+        "input_ids hold 61: ids must be from 0 to",
+    ),
+    "a mask with a hole": (
+        {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])},
+        "attention_mask has zeros between ones in row 1: pads may stand at the ends only",
+    ),
+    "a short mask": (
+        {"input_ids": IDS, "attention_mask": MASK[:, :2]},
+        r"attention_mask has shape \(2, 2\): it must be \(2, 3\) or, with the past, \(2, 16\)",
+    ),
+    "a mask of other rows": ({"input_ids": IDS, "attention_mask": MASK[:1]}, r"\(1, 3\): it must be \(2, 3\)"),
+    "a 4-D mask": ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, r"\(2, 1, 1, 3\): it must be \(2, 3\)"),
+    "a 3-D mask": ({"input_ids": IDS, "attention_mask": MASK[:, None]}, r"\(2, 1, 3\): it must be \(2, 3\)"),
+    "labels of another width": (
+        {"input_ids": IDS, "labels": IDS[:, 1:]},
+        r"labels have shape \(2, 2\), the input \(2, 3\)",
+    ),
+    "labels of other rows": ({"input_ids": IDS, "labels": IDS[:1]}, r"labels have shape \(1, 3\), the input \(2, 3\)"),
+    "other rows": ({"input_ids": IDS[:1]}, r"holds 2 sequences, the input 1: use cache\.batch_select_indices"),
+    "N of 0": ({"input_ids": IDS, "sleep_passes": 0}, "sleep_passes=0: it must be an integer of at least 1"),
+    "N of True": ({"input_ids": IDS, "sleep_passes": True}, "sleep_passes=True: it must be an integer"),
+    "N of str": ({"input_ids": IDS, "sleep_passes": "2"}, "sleep_passes='2': it must be an integer"),
+    "N of 1.5": ({"input_ids": IDS, "sleep_passes": 1.5}, "sleep_passes=1.5: it must be an integer"),
+    "logits of -1": ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep=-1: it must be an integer, 0"),
+    "logits of a tensor": (
+        {"input_ids": IDS, "logits_to_keep": torch.tensor([1])},
+        "logits_to_keep=.* must be an integer",
+    ),
+    "attentions": ({"input_ids": IDS, "output_attentions": True}, "not supported: a window's layers run several times"),
+    "hidden states": ({"input_ids": IDS, "output_hidden_states": True}, "not supported: .* Run model.decoder's layers"),
+}
+
+
+def snapshot(cache: SleepCache) -> tuple:
+    """Everything a cache holds, by value."""
+    held: list[torch.Tensor] = []
+    cache.tensors.map(lambda t: held.append(t.clone()) or t)
+    return held, [vars(row).copy() for row in cache.rows], cache.columns, cache.fast_slots
+
+
+def assert_untouched(cache: SleepCache, before: tuple) -> None:
+    held, *counters = snapshot(cache)
+    assert counters == list(before[1:])
+    assert len(held) == len(before[0])
+    assert all(torch.equal(a, b) for a, b in zip(held, before[0], strict=True))
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_changes_nothing(case, eviction):
+    settings, message = REFUSED[case]
+    model = sleeper(eviction=eviction)
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(L, 2)], "left")
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=message):
+        model(past_key_values=cache, **settings)
+    assert_untouched(cache, before)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+    assert cache.get_seq_length() == before[2] + 3
+
+
+def test_a_failure_half_way_changes_nothing():
+    """The last layer of the last window breaks, after two sleeps."""
+    model, cache = sleeper(), SleepCache()
+    with torch.no_grad():
+        model(tokens(L - 1)[None], past_key_values=cache)
+    before, embeds = snapshot(cache), model.lm.get_input_embeddings()(tokens(2 * L)[None])
+    calls = []
+
+    def fail(module, inputs):
+        calls.append(cache.rows[0].sleeps)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+
+    handle = model.lm.model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"), torch.no_grad():
+        model(inputs_embeds=embeds, past_key_values=cache)
+    handle.remove()
+    assert_untouched(cache, before)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, other = sleeper(), sleeper()
+    cache = model(tokens(L)[None], use_cache=True).past_key_values
+    before = snapshot(cache)
+    for call in (lambda: other(tokens(1)[None], past_key_values=cache), lambda: other.sleep(cache)):
+        with pytest.raises(ValueError, match=r"written by another model.*start with an empty SleepCache"):
+            call()
+    assert_untouched(cache, before)
+
+
+def test_only_a_sleep_cache_can_be_slept_on():
+    model = sleeper()
+    with pytest.raises(ValueError, match=r"is a DynamicCache: .* needs a hf_sleep\.SleepCache"):
+        model(tokens(L)[None], past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="nothing to sleep on"):
+        model.sleep(SleepCache())
+    cache = model(tokens(L)[None], use_cache=True).past_key_values
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="sleep_passes=0: it must be an integer of at least 1"):
+        model.sleep(cache, sleep_passes=0)
+    assert_untouched(cache, before)
+
+
+def test_an_unknown_family_says_what_an_adapter_needs():
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
+    with pytest.raises(ValueError, match="no decoder adapter for model_type='gpt2'") as error:
+        SleepForCausalLM.from_base(GPT2LMHeadModel(GPT2Config(**sizes)))
+    for need in ("llama", "hf_sleep.decoders.Decoder", "DECODERS", "embed", "RoPE", "layer", "logits"):
+        assert need in str(error.value)
+
+
+# What it takes and gives.
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_embeddings_serve_as_ids(family):
+    model = sleeper(family)
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(L, 2)], "left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=True)
+        embeds = model.get_input_embeddings()(ids)
+        out = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+        assert torch.equal(out.logits, expected.logits)
+        more = model(tokens(8, 4).view(2, 4), past_key_values=out.past_key_values).logits
+        assert torch.equal(more, model(tokens(8, 4).view(2, 4), past_key_values=expected.past_key_values).logits)
+
+
+@pytest.mark.parametrize("loop", [None, (1, 3)])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_logits_to_keep_is_the_tail_of_all_logits(side, loop):
+    model = sleeper(dtype=torch.double, loop_layers=loop, sleep_passes=2)
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(L, 2)], side or "left")
+    ids, mask = (ids[:1], None) if side is None else (ids, mask)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        for keep in (1, 4, L, 2 * L + 3, 100):
+            logits = model(ids, attention_mask=mask, logits_to_keep=keep).logits
+            assert_close(logits, whole[:, -keep:], 1e-6, f"{keep} logits")
+            loss = model(ids, attention_mask=mask, logits_to_keep=keep, labels=ids)
+            assert torch.equal(loss.logits, model(ids, attention_mask=mask, labels=ids).logits[:, -keep:])
+
+
+def test_a_tuple_is_given_where_it_is_asked_for():
+    model, ids = sleeper(), tokens(2 * L)[None]
+    out = model(ids, labels=ids, use_cache=True)
+    loss, logits, cache = model(ids, labels=ids, use_cache=True, return_dict=False)
+    assert torch.equal(loss, out.loss)
+    assert torch.equal(logits, out.logits)
+    assert type(cache) is SleepCache
+    assert len(model(ids, return_dict=False)) == 1
+    assert model(ids).past_key_values is None
+    passed = SleepCache()
+    assert model(ids, past_key_values=passed).past_key_values is passed
+    assert model(ids, past_key_values=SleepCache(), use_cache=False).past_key_values is None
+
+
+def test_the_vocabulary_can_grow(tmp_path):
+    model = sleeper("qwen3")
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    ids = torch.tensor([[1, VOCAB + 5, 4, VOCAB]])
+    logits = model(ids).logits
+    assert logits.shape == (1, 4, VOCAB + 6)
+    assert model.lm.lm_head.weight is model.lm.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(SleepForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    with pytest.raises(ValueError, match="ids must be from 0 to 66"):
+        model(ids + 7)
+
+
+# Loss.
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("training", [False, True])
+def test_within_a_window_the_loss_is_the_bases(family, training):
+    sleep = sleep_config(family, window_size=16)
+    model, base = make_model(family, sleep, trained=False).train(training), make_base(family).train(training)
+    ids, mask = pad([tokens(16, 1), tokens(11, 2)], "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    assert_close(model(**batch).loss, base(**batch).loss, 1e-6)
+    for count in (7, torch.tensor(7)):
+        assert_close(model(**batch, num_items_in_batch=count).loss, base(**batch, num_items_in_batch=count).loss, 1e-6)
+    model(**batch).loss.backward()
+    base(**batch).loss.backward()
+    for name, parameter in base.named_parameters():
+        assert_close(model.lm.get_parameter(name).grad, parameter.grad, 1e-5, name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_is_the_cross_entropy_of_the_logits(training):
+    """In whatever windows; labels of pads do not count, even where they are not masked."""
+    model = sleeper(dtype=torch.double)
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(L + 2, 2)], "left")
+    labels = ids.clone()
+    labels[0, 3:6] = -100
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    targets = labels.masked_fill(mask == 0, -100)[:, 1:].clone()
+    targets[:, :][mask[:, :-1] == 0] = -100
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss = model.train(training)(ids, attention_mask=mask, labels=labels).loss
+    assert_close(loss, expected, 1e-6)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_a_target_the_loss_is_zero_with_a_graph(training):
+    """A rank whose batch has no targets must still run its backward."""
+    model, ids = sleeper().train(training), tokens(2 * L + 3)[None]
+    out = model(ids, labels=torch.full_like(ids, -100))
+    assert out.loss.item() == 0
+    out.loss.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None or not parameter.grad.any()
+    assert model.get_input_embeddings().weight.grad is not None
+
+
+# The warning of untrained blocks.
+
+
+@pytest.fixture
+def warned(caplog):
+    """Messages of hf_sleep's logger, whose once-only memory is cleared."""
+    modeling_module.logger.warning_once.cache_clear()
+    yield lambda: [record.message for record in caplog.records if "never trained" in record.message]
+    modeling_module.logger.warning_once.cache_clear()
+
+
+def test_an_untrained_model_warns_once_when_it_first_sleeps(warned):
+    model = make_model("llama", sleep_config("llama", window_size=L), trained=False)
+    model(tokens(L)[None])
+    assert not warned()
+    for _ in range(2):
+        model(tokens(L + 1)[None])
+    other = make_model("llama", sleep_config("llama", window_size=L), trained=False)
+    other(tokens(L + 1)[None])
+    assert len(warned()) == 1
+
+
+@pytest.mark.parametrize("case", ["trained", "training", "hybrid"])
+def test_others_are_not_warned(case, warned):
+    family = "qwen3_next" if case == "hybrid" else "llama"
+    blocks = {"block_layers": ()} if case == "hybrid" else {}
+    model = make_model(family, sleep_config(family, window_size=L, **blocks), trained=case == "trained")
+    model.train(case == "training")(tokens(2 * L)[None])
+    assert not warned()
+
+
+# Trainer.
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_plain_trainer_trains_it(checkpointing, tmp_path):
+    model = make_model("llama", sleep_config("llama", window_size=L, sleep_passes=2), trained=False)
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(8 * 12).view(8, 12)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+        gradient_accumulation_steps=2,
+        activation_checkpointing=checkpointing,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list(rows)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    # The mean over targets of a random model, whatever the accumulation: near ln(vocabulary), not twice that.
+    assert all(3 < loss < 6 for loss in losses)
+    assert model.gradient_checkpointing is checkpointing
+    assert not any(block.is_untrained for block in model.fast_weights.values())
+    metrics = trainer.evaluate()
+    assert 3 < metrics["eval_loss"] < 6
+    assert trainer.predict(data).predictions.shape == (8, 12, VOCAB)
+
+
+# A stream without end.
+
+
+def test_past_a_million_tokens_nothing_has_drifted():
+    """Sliding eviction with a sink: what a period of the stream reads as does not depend on how much came before."""
+    size = 256
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=2 * size + 1,
+    )
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    blocks = {"block_kind": "gated_delta_net", "block_num_heads": 1, "block_head_dim": 1}
+    sleep = SleepConfig(window_size=size, eviction="sliding", num_sink_tokens=1, sleep_passes=1, **blocks)
+    model = SleepForCausalLM.from_base(base, sleep)
+    model._may_be_untrained = False
+    period, cache = tokens(size)[None], SleepCache()
+    chunk = period.repeat(1, 128)
+    with torch.no_grad():
+        model(period.repeat(1, 4), past_key_values=cache, logits_to_keep=1)
+        early = model(period, past_key_values=cache.fork()).logits
+        while cache.rows[0].seen <= 2**20:
+            model(chunk, past_key_values=cache, logits_to_keep=1)
+            assert cache.rows[0].position <= sleep.max_position
+        late = model(period, past_key_values=cache).logits
+        assert torch.equal(late, early)
+        # It does depend on what came right before, so the comparison is of something.
+        assert not torch.equal(model(period).logits, early)
+    assert cache.rows[0].seen == cache.get_seq_length() > 2**20
+    assert cache.rows[0].position <= sleep.max_position
+    assert cache.max_kv_length <= 2 * size
