@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from .config import SleepConfig, SleepLMConfig
-from .modeling import HUB_KEYWORDS, SleepForCausalLM
+from .modeling import HUB_KEYWORDS, SleepForCausalLM, load_base
 
 
 class AutoModelForSleepLM:
@@ -20,7 +20,7 @@ class AutoModelForSleepLM:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *, sleep: SleepConfig | None = None, **kwargs: Any
-    ) -> SleepForCausalLM:
+    ) -> Any:
         """Load a model that sleeps.
 
         Args:
@@ -30,14 +30,18 @@ class AutoModelForSleepLM:
             kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision,
                 …).
 
+        Returns:
+            A `SleepForCausalLM`; with `output_loading_info=True`, it and the report.
+
         Raises:
             ValueError: an unknown family, settings that do not fit the base, or blocks other than the checkpoint's.
         """
         lookup = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code", "gguf_file") if key in kwargs}
         config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **lookup)
         if not isinstance(config, SleepLMConfig):
-            base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            return SleepForCausalLM.from_base(base, sleep)
+            base, report = load_base(pretrained_model_name_or_path, kwargs)
+            model = SleepForCausalLM.from_base(base, sleep)
+            return model if report is None else (model, report)
         if sleep is not None:
             config.sleep = _with_blocks_of(config.sleep, sleep).resolve(config.text_config)
         return SleepForCausalLM.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "config": config})

@@ -175,6 +175,8 @@ class SleepCache(Cache):
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Keep rows `index` (`[B']`, any order, repeats allowed)."""
+        if self.is_empty:
+            return
         self.rows = [dataclasses.replace(self.rows[i]) for i in index.tolist()]
         self.tensors = self.tensors.select(index)
 

@@ -1,6 +1,7 @@
 """What a sleep is (`SleepConfig`) and what a sleeping model is made of (`SleepLMConfig`)."""
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from .version import __version__
 
 EVICTION_STYLES = ("hard", "sliding")
 BLOCK_KINDS = ("jet", "gated_delta_net")
+
+
+def is_whole(width: float) -> bool:
+    """Whether `width` is a positive whole number, but for the rounding of a ratio such as 2.6666666667."""
+    return math.isfinite(width) and round(width) >= 1 and abs(width - round(width)) < 1e-6 * width
 
 
 def _reject(field: str, value: object, what_works: str) -> ValueError:
@@ -39,7 +45,7 @@ class SleepConfig:
         num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
             linear-recurrent layers, none into a hybrid.
         block_layers: instead of `num_blocks`, the decoder layers after which a block is injected.
-        block_num_heads: H of a block. `None`: as many as fit half of the hidden size.
+        block_num_heads: H of a block. `None`: as many as fit a third of the hidden size.
         block_head_dim: K, the key width of a head. `None`: the base's own head_dim.
         block_expand_v: V / K, the value width of a head over its key width.
         block_conv_size: W, taps of the short convolutions (tokens).
@@ -81,8 +87,9 @@ class SleepConfig:
         for field in ("num_blocks", "block_num_heads", "block_head_dim"):
             if getattr(self, field) is not None:
                 _require_int(field, getattr(self, field), 0 if field == "num_blocks" else 1)
-        if not isinstance(self.block_expand_v, int | float) or self.block_expand_v <= 0:
-            raise _reject("block_expand_v", self.block_expand_v, "it must be a positive number")
+        expand_v = self.block_expand_v
+        if not isinstance(expand_v, int | float) or isinstance(expand_v, bool) or not 0 < expand_v < math.inf:
+            raise _reject("block_expand_v", expand_v, "it must be a positive number")
         if self.loop_layers is not None:
             loop = self._int_tuple("loop_layers", self.loop_layers)
             if len(loop) != 2 or not 0 <= loop[0] < loop[1]:
@@ -145,25 +152,40 @@ class SleepConfig:
         loop_layers = self.loop_layers or (0, depth)
         if loop_layers[1] > depth:
             raise _reject("loop_layers", loop_layers, f"the base has {depth} layers, so b is at most {depth}")
-        addressable = getattr(text_config, "max_position_embeddings", None)
-        if addressable is not None and self.max_position > addressable:
-            span = 2 if self.eviction == "sliding" else 1
-            raise _reject(
-                "window_size",
-                self.window_size,
-                f"{self.eviction} eviction with {self.num_sink_tokens} sink tokens needs {self.max_position} "
-                "positions, "
-                f"the base addresses {addressable}: use at most {(addressable - self.num_sink_tokens) // span}",
-            )
+        self._check_positions(getattr(text_config, "max_position_embeddings", None))
         heads = getattr(text_config, "num_attention_heads", 1)
         head_dim = self.block_head_dim or getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+        width = head_dim * self.block_expand_v
+        if not is_whole(width):
+            best = max(1, round(width)) / head_dim
+            raise _reject(
+                "block_expand_v",
+                self.block_expand_v,
+                f"times a head_dim of {head_dim} it is {width:g} values a head, which must be a whole number: "
+                f"{best:g} works",
+            )
         return dataclasses.replace(
             self,
             loop_layers=loop_layers,
             block_layers=block_layers,
             num_blocks=len(block_layers),
             block_head_dim=head_dim,
-            block_num_heads=self.block_num_heads or max(1, text_config.hidden_size // (2 * head_dim)),
+            block_num_heads=self.block_num_heads or max(1, text_config.hidden_size // (3 * head_dim)),
+        )
+
+    def _check_positions(self, addressable: int | None) -> None:
+        """Whether the base has a position number for every token of a window and what is retained before it."""
+        if addressable is None or self.max_position <= addressable:
+            return
+        span = 2 if self.eviction == "sliding" else 1
+        needs = (
+            f"{self.eviction} eviction, a window of {self.window_size} and {self.num_sink_tokens} sink tokens need "
+            f"{self.max_position} positions, the base addresses {addressable}"
+        )
+        if (most := (addressable - self.num_sink_tokens) // span) > self.num_sink_tokens:
+            raise _reject("window_size", self.window_size, f"{needs}: use at most {most}")
+        raise _reject(
+            "num_sink_tokens", self.num_sink_tokens, f"{needs}: use at most {(addressable - span) // (span + 1)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,6 +225,7 @@ class SleepLMConfig(PreTrainedConfig):
     text_config: Any = None
     sleep: Any = None
     base_model_name_or_path: str | None = None
+    base_fingerprint: str | None = None
     only_sleep: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from .layers.recurrence import State
+from .offload import loaded
 from .ops import gated_delta_rule, short_convolution
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
@@ -126,11 +127,13 @@ class HybridDecoder(Decoder):
         """One Gated DeltaNet mixer of the base."""
         recurrent_state, conv_state = state
         mixed, gate, beta, a = self.project(mixer, x)
-        mixed, conv_state = short_convolution(mixed, mixer.conv1d.weight.squeeze(1), conv_state, lengths)
+        with loaded(mixer.conv1d):
+            mixed, conv_state = short_convolution(mixed, mixer.conv1d.weight.squeeze(1), conv_state, lengths)
         q, k, v = F.silu(mixed).split((mixer.key_dim, mixer.key_dim, mixer.value_dim), dim=-1)
         groups = mixer.num_v_heads // mixer.num_k_heads
         q, k = (z.unflatten(-1, (mixer.num_k_heads, -1)).repeat_interleave(groups, dim=2) for z in (q, k))
-        g = -mixer.A_log.float().exp() * F.softplus(a.float() + mixer.dt_bias)
+        with loaded(mixer):
+            g = -mixer.A_log.float().exp() * F.softplus(a.float() + mixer.dt_bias)
         o, recurrent_state = gated_delta_rule(
             q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta, recurrent_state, lengths
         )

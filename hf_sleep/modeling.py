@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,7 @@ from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
 from .layers import FastWeightBlock
 from .sleep import Piece, Sleeper
+from .state import fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +117,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             text_config=base.config,
             sleep=sleep or SleepConfig(),
             base_model_name_or_path=base.config._name_or_path or None,
+            base_fingerprint=fingerprint(base),
             dtype=base.dtype,
         )
         config._attn_implementation, config._experts_implementation = attention, experts
@@ -131,6 +134,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = base.generation_config
         model.post_init()
         return model.train(base.training)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The base's experts are run by its own code, as the base was loaded to run them.
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FastWeightBlock):
@@ -227,8 +235,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, cache)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
-        embeds: Any = inputs_embeds if input_ids is None else self.decoder.embed(input_ids)
         sleeper = self._sleeper()
+        embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
         if cache.is_empty:
             cache.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
         self._warn_if_untrained(cache, layout)
@@ -372,7 +380,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         given: Any = inputs_embeds[..., 0] if inputs_embeds is not None else input_ids
         if given.dim() != 2 or not given.numel():
             raise ValueError(
-                f"the input has shape {tuple(given.shape)}: it must be [batch, tokens], with at least one token"
+                f"the input has shape {tuple(given.shape)}: it must be [batch, tokens], with at least one "
+                "token that the cache "
+                "has not read (generate with a cache takes the whole conversation)"
             )
         if inputs_embeds is None:
             vocab = self.config.text_config.vocab_size
@@ -427,6 +437,12 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 "leave it unset, a "
                 "SleepCache is made and is bounded anyway"
             )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask ends with pads, and generate goes on from the last column: pad prompts on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SleepCache()
 
@@ -456,11 +472,17 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 "only_sleep=True needs to know where the base comes from, and this one was built in memory: set "
                 "config.base_model_name_or_path, or save everything"
             )
+        if self.config.base_fingerprint != fingerprint(self.lm):
+            raise ValueError(
+                "only_sleep=True would lose what the base learned: its weights are no longer those it was loaded with. "
+                "Save everything"
+            )
         if not self.fast_weights:
             raise ValueError(
                 "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
             )
-        weights = {k: v for k, v in self.state_dict().items() if k.startswith("fast_weights.")}
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        weights = {name: tensor for name, tensor in state.items() if name.startswith("fast_weights.")}
         self.config.only_sleep = True
         try:
             super().save_pretrained(save_directory, state_dict=weights, **kwargs)
@@ -468,7 +490,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.only_sleep = False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "SleepForCausalLM":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a sleep checkpoint, from a folder or the Hub.
 
         Args:
@@ -483,10 +505,16 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         for key in HUB_KEYWORDS[-2:]:
             kwargs.pop(key, None)
-        base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **kwargs)
+        base, report = load_base(config.base_model_name_or_path, kwargs)
         _check_same_base(config.text_config, base.config)
         model = cls.from_base(base, config.sleep)
         model.config.base_model_name_or_path = config.base_model_name_or_path
+        if config.base_fingerprint not in (None, model.config.base_fingerprint):
+            logger.warning(
+                f"The base loaded from {config.base_model_name_or_path} has other weights than the one these "
+                "fast weights "
+                "were made with (another revision or quantisation?): what they remember may not fit it."
+            )
         weights = _load_weights(pretrained_model_name_or_path, hub)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [key for key in missing if key.startswith("fast_weights.")]
@@ -495,7 +523,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{pretrained_model_name_or_path} does not hold this model's fast weights: missing {missing[:3]}, "
                 f"unexpected {unexpected[:3]}"
             )
-        return model.eval()
+        model.eval()
+        return model if report is None else (model, report)
 
 
 def _device_of(layer: nn.Module) -> torch.device:
@@ -558,6 +587,12 @@ def _wanted(targets: torch.Tensor | None, layout: Layout, keep: int) -> list[lis
     ]
 
 
+def load_base(source: Any, kwargs: dict) -> tuple[PreTrainedModel, dict | None]:
+    """A base model, and the loading report where `output_loading_info` asks for it."""
+    base = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    return base if isinstance(base, tuple) else (base, None)
+
+
 def _check_same_base(saved: PreTrainedConfig, loaded: PreTrainedConfig) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         if getattr(saved, key, None) != getattr(loaded, key, None):
@@ -569,12 +604,12 @@ def _check_same_base(saved: PreTrainedConfig, loaded: PreTrainedConfig) -> None:
 
 def _load_weights(source: Any, hub: dict) -> dict[str, torch.Tensor]:
     """The tensors of an only-sleep checkpoint."""
+    hub = dict(hub)
+    subfolder = hub.pop("subfolder", "")
     folder = Path(source)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        hub = {key: value for key, value in hub.items() if key != "subfolder"}
         folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors"], **hub))
+    folder = folder / subfolder
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights.update(load_file(file))

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .cache import Row, SleepCache, Tensors
+from .offload import loaded
 from .version import __version__
 
 FORMAT = "hf_sleep.state.v1"
@@ -28,13 +29,21 @@ def fingerprint(model: nn.Module) -> str:
     not.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel():
-            flat = parameter.detach().flatten()
-            index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-            digest.update(flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for name, module in sorted(model.named_modules()):
+        with loaded(module):
+            for key, parameter in sorted(module.named_parameters(recurse=False)):
+                digest.update(f"{name}.{key}{tuple(parameter.shape)}".encode())
+                digest.update(_sample(parameter.detach()))
     return digest.hexdigest()
+
+
+def _sample(parameter: torch.Tensor) -> bytes:
+    """Evenly spaced values; of a quantised parameter none."""
+    if type(parameter) is not torch.Tensor or not parameter.is_floating_point() or not parameter.numel():
+        return b""
+    flat = parameter.flatten()
+    index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 @dataclass
@@ -126,7 +135,11 @@ class SleepState:
         Raises:
             ValueError: a file that is not a sleep state.
         """
-        with safe_open(path, framework="pt") as file:
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no sleep state: it is not a safetensors file ({error})") from error
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(

@@ -349,3 +349,27 @@ def test_a_prompt_costs_n_passes_per_full_window_and_one_for_the_rest(loop):
     with counting() as calls:
         read(model, tokens(3 * L + 2)[None], SleepCache(), logits_to_keep=1)
     assert {i: calls[f"layer {i}"] for i in range(4)} == {i: 3 * 3 + 1 if a <= i < b else 3 + 1 for i in range(4)}
+
+
+def test_prompts_padded_on_the_right_are_refused():
+    model = make_model("llama", sleep_config("llama", window_size=4))
+    ids, mask = tokens(6)[None], torch.tensor([[1, 1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral_window"])
+def test_eager_attention_is_the_same_as_sdpa(family, eviction):
+    model = make_model(family, sleep_config(family, window_size=5, eviction=eviction, num_sink_tokens=1))
+    ids, mask = tokens(34).view(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model.lm.set_attn_implementation("eager")
+        cache = SleepCache()
+        parts = [
+            model(ids[:, a : a + 3], attention_mask=mask[:, a : a + 3], past_key_values=cache).logits
+            for a in range(0, 17, 3)
+        ]
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-3 * expected.abs().max()

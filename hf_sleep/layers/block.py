@@ -47,8 +47,9 @@ class FastWeightBlock(nn.Module):
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the block still adds nothing to the base. Reads its weights: call it rarely."""
-        return not bool(self.mixer.o_proj.weight.any())
+        """Whether the block is known to add nothing to the base. Reads its weights: call it rarely."""
+        weight = self.mixer.o_proj.weight
+        return not weight.is_meta and not bool(weight.any())
 
     def init_weights(self, std: float) -> None:
         """Fresh weights with the zero at the output, where the gradient still reaches it."""

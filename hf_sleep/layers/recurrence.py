@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from ..config import is_whole
+
 State = tuple[torch.Tensor, torch.Tensor]
 """What a fast-weight layer carries from token to token: `recurrent_state` `[B, H, K, V]` fp32 (fp64 in an fp64 model)
 and
@@ -49,11 +51,11 @@ class GatedDeltaMixer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.head_v_dim = int(head_dim * expand_v)
+        self.head_v_dim = round(head_dim * expand_v)
         self.key_dim = num_heads * head_dim
-        self.value_dim = int(self.key_dim * expand_v)
+        self.value_dim = num_heads * self.head_v_dim
         self.conv_size = conv_size
-        if self.value_dim != num_heads * self.head_v_dim:
+        if not is_whole(head_dim * expand_v):
             raise ValueError(
                 f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; head_dim={head_dim} times "
                 "expand_v must "
