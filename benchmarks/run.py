@@ -1,6 +1,6 @@
 """What sleeping costs and saves, as ratios of medians of one run: make bench
 
-Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with a Hub id or folder),
+Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with any id or folder),
 the timed things in turn, so that a drift of the machine's speed hits all of them. Memory in training is counted exactly,
 tensor by tensor.
 """

@@ -144,7 +144,7 @@ def step_gated_delta_rule(
             initial_state = v.new_zeros(n, key_dim, v.shape[2])
         state = initial_state.to(dtype).reshape(n, key_dim, -1) * g.to(dtype).exp().reshape(n, 1, 1)
         u = torch.baddbmm(v, k, state, alpha=-1) * beta.to(dtype).reshape(n, 1, 1)
-        state = torch.addcmul(state, k.mT, u)
+        state = torch.baddbmm(state, k.mT, u)
         o = torch.bmm(q, state) * key_dim**-0.5
     return o.view(batch, 1, heads, -1).to(out_dtype), state.view(batch, heads, key_dim, -1)
 

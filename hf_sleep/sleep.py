@@ -7,6 +7,7 @@ ordinary read of a window is pass 1, so a window that was read token by token ne
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,28 @@ class Slot:
     role: str
     index: int
     kind: str
+
+
+@functools.lru_cache(maxsize=32)
+def programme(
+    kinds: tuple[str, ...], blocks: tuple[int, ...], loop_layers: tuple[int, int]
+) -> tuple[tuple[Slot, ...], range]:
+    """All slots in running order, and which of them loop.
+
+    Args:
+        kinds: what kind of layer each decoder layer is.
+        blocks: decoder layers that a fast-weight block follows; it loops where its layer does.
+        loop_layers: half-open range of decoder layers that loop.
+    """
+    slots: list[Slot] = []
+    starts = []
+    for index, kind in enumerate(kinds):
+        starts.append(len(slots))
+        slots.append(Slot("linear" if kind == "linear_attention" else "attention", index, kind))
+        if index in blocks:
+            slots.append(Slot("block", index, ""))
+    starts.append(len(slots))
+    return tuple(slots), range(starts[loop_layers[0]], starts[loop_layers[1]])
 
 
 @dataclass
@@ -130,19 +153,9 @@ class Sleeper:
         self.blocks: dict[str, Any] = dict(blocks.items())
         self.config = config
         self.checkpointing = checkpointing
-        self.slots: list[Slot] = []
-        first, last = config.loop_layers or (0, len(decoder.kinds))
-        for index, kind in enumerate(decoder.kinds):
-            if index == first:
-                loop_start = len(self.slots)
-            self.slots.append(Slot("linear" if kind == "linear_attention" else "attention", index, kind))
-            if str(index) in blocks:
-                self.slots.append(Slot("block", index, ""))
-            if index == last - 1:
-                loop_stop = len(self.slots)
-        self.head = range(loop_start)
-        self.loop = range(loop_start, loop_stop)
-        self.tail = range(loop_stop, len(self.slots))
+        loop_layers = config.loop_layers or (0, len(decoder.kinds))
+        self.slots, self.loop = programme(tuple(decoder.kinds), tuple(map(int, blocks)), loop_layers)
+        self.head, self.tail = range(self.loop.start), range(self.loop.stop, len(self.slots))
         self.fast_slots = frozenset(i for i, slot in enumerate(self.slots) if slot.role != "attention")
         self.attention_kinds = sorted({slot.kind for slot in self.slots if slot.role == "attention"})
 
