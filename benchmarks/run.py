@@ -1,7 +1,7 @@
 """What sleeping costs and saves, as ratios of medians of one run: make bench
 
-Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with any id or folder),
-the timed things in turn, so that a drift of the machine's speed hits all of them. Memory in training is counted exactly,
+Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with any id or folder), the
+timed things in turn, so that a drift of the machine's speed hits all of them. Memory in training is counted exactly,
 tensor by tensor.
 """
 
