@@ -1,4 +1,4 @@
-# ARGS passes options on: make demo ARGS="--model folder", make test ARGS="-k identity", make bench ARGS="--help".
+# ARGS passes options on: make demo ARGS="--model folder", make test ARGS="-k test_1", make bench ARGS="--help".
 ARGS ?=
 
 # Two test workers with one thread each; nothing is fetched from the Hub.

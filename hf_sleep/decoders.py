@@ -164,7 +164,10 @@ class Qwen3NextDecoder(HybridDecoder):
 
 
 class Qwen35Decoder(HybridDecoder):
-    """Qwen3.5 (text): separate projections for gate, β and decay."""
+    """Qwen3.5 (text): separate projections for gate, β and decay; RoPE over three grids, which agree in text."""
+
+    def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
+        return super().rope(x, position_ids.expand(3, *position_ids.shape), kind)
 
     def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         gate = mixer.in_proj_z(x).unflatten(-1, (mixer.num_v_heads, -1))
