@@ -19,14 +19,15 @@ class AutoModelForSleepLM:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *, sleep: SleepConfig | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any, *, sleep: SleepConfig | dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         """Load a model that sleeps.
 
         Args:
             pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight
                 blocks, or of a sleep checkpoint.
-            sleep: how to sleep. With a sleep checkpoint it may change everything but the blocks.
+            sleep: how to sleep. A dictionary sets just those fields of `SleepConfig`, of a sleep checkpoint's own where
+                it is one: `sleep={"sleep_passes": 4}`. Of a sleep checkpoint the blocks cannot be changed.
             kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision,
                 …).
 
@@ -40,21 +41,28 @@ class AutoModelForSleepLM:
         config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **lookup)
         if not isinstance(config, SleepLMConfig):
             base, report = load_base(pretrained_model_name_or_path, kwargs)
-            model = SleepForCausalLM.from_base(base, sleep)
+            model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
             return model if report is None else (model, report)
         if sleep is not None:
-            config.sleep = _with_blocks_of(config.sleep, sleep).resolve(config.text_config)
+            config.sleep = _change(config.sleep, sleep).resolve(config.text_config)
         return SleepForCausalLM.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "config": config})
 
 
-def _with_blocks_of(saved: SleepConfig, asked: SleepConfig) -> SleepConfig:
-    """`asked`, with the blocks that the checkpoint has; a block field that was set to something else is refused."""
-    default = SleepConfig()
-    blocks = [f.name for f in dataclasses.fields(SleepConfig) if f.name.startswith("block_") or f.name == "num_blocks"]
-    for name in blocks:
-        if getattr(asked, name) not in (getattr(default, name), getattr(saved, name)):
+BLOCK_FIELDS = [
+    f.name for f in dataclasses.fields(SleepConfig) if f.name.startswith("block_") or f.name == "num_blocks"
+]
+
+
+def _change(saved: SleepConfig, asked: SleepConfig | dict[str, Any]) -> SleepConfig:
+    """A checkpoint's settings with those that were asked for; its blocks are what they are."""
+    if isinstance(asked, SleepConfig):
+        default = SleepConfig()
+        values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(SleepConfig)}
+        asked = {k: v for k, v in values.items() if k not in BLOCK_FIELDS or v != getattr(default, k)}
+    for name in BLOCK_FIELDS:
+        if name in asked and asked[name] != getattr(saved, name):
             raise ValueError(
-                f"SleepConfig.{name}={getattr(asked, name)!r} cannot work: the checkpoint's blocks have "
+                f"SleepConfig.{name}={asked[name]!r} cannot work: the checkpoint's blocks have "
                 f"{name}={getattr(saved, name)!r}. Leave it out"
             )
-    return dataclasses.replace(asked, **{name: getattr(saved, name) for name in blocks})
+    return dataclasses.replace(saved, **asked)

@@ -158,6 +158,15 @@ class SleepCache(Cache):
         self.tensors, self.columns = other.tensors, other.columns
         self.fast_slots, self._owner = other.fast_slots, other._owner
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a SleepCache belongs to a live model and cannot be pickled: "
+            "use SleepState.from_cache(model, cache).save(path)"
+        )
+
+    def __copy__(self) -> "SleepCache":
+        return self.fork()
+
     def __deepcopy__(self, memo: dict) -> "SleepCache":
         twin = self.fork()
         twin.tensors = self.tensors.map(lambda t: t.clone())

@@ -144,9 +144,10 @@ class SleepConfig:
         if block_layers and block_layers[-1] >= depth:
             raise _reject("block_layers", block_layers, f"the base's layers are 0 to {depth - 1}")
         if not block_layers and "linear_attention" not in layer_types:
+            field = "num_blocks" if self.block_layers is None else "block_layers"
             raise _reject(
-                "num_blocks",
-                0,
+                field,
+                getattr(self, field),
                 "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
             )
         loop_layers = self.loop_layers or (0, depth)
@@ -190,7 +191,7 @@ class SleepConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` reads it back."""
-        plain = dataclasses.asdict(self)
+        plain = {**dataclasses.asdict(self), "version": __version__}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
     @classmethod

@@ -20,6 +20,7 @@ from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
 from .layers import FastWeightBlock
+from .offload import compute_device
 from .sleep import Piece, Sleeper
 from .state import fingerprint
 
@@ -125,12 +126,16 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             model = cls(config, lm=base)
         block: Any
         for layer, block in model.fast_weights.items():
-            block.to_empty(device=_device_of(decoder.layers[int(layer)]))
+            block.to_empty(device=compute_device(decoder.layers[int(layer)]))
             block.to(base.dtype)
             for gate in (block.mixer.A_log, block.mixer.dt_bias):
                 gate.data = gate.data.to(torch.promote_types(base.dtype, torch.float32))
             with torch.no_grad():
                 block.init_weights(getattr(base.config, "initializer_range", 0.02))
+        for module in base.modules():
+            # The base's own checkpointing drops its cache in training: the wrapper's takes over.
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing, model.gradient_checkpointing = False, True
         model.generation_config = base.generation_config
         model.post_init()
         return model.train(base.training)
@@ -158,7 +163,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     def slot_devices(self) -> list[torch.device]:
         """Where each layer's cache lives, in running order."""
         sleeper = self._sleeper()
-        return [sleeper.device_of(slot, self.device) for slot in sleeper.slots]
+        return [sleeper.device_of(slot) for slot in sleeper.slots]
+
+    def fast_slots(self) -> frozenset[int]:
+        """Which layers, in running order, carry fast weights."""
+        return self._sleeper().fast_slots
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()
@@ -216,8 +225,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `[B, T or logits_to_keep, vocab]` (zeros at pads), `loss` and
-            `past_key_values`. In training with `labels`, `logits` is `None`: they are made only where a target wants
-            them.
+            `past_key_values`. In training with `labels`, `logits` is `None`, as they are made only where a target wants
+            them; an explicit `logits_to_keep` asks for them all the same.
 
         Raises:
             ValueError: for input that cannot be read, before anything has changed.
@@ -242,11 +251,14 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         self._warn_if_untrained(cache, layout)
 
         targets = None if labels is None else _next_labels(labels, layout)
-        lean = None if targets is None or not self.training else layout.compact(targets).cpu()
+        lean = None
+        if targets is not None and self.training and not logits_to_keep:
+            lean = layout.compact(targets).cpu()
         # A loss needs all columns, whatever the caller wants to see of them.
         keep = min(logits_to_keep or layout.width, layout.width)
         made = keep if targets is None else layout.width
-        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, _wanted(lean, layout, made))
+        wanted = _wanted(lean, layout, made)
+        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted)
         logits = loss = None
         if lean is not None:
             loss = self._loss_of_pieces(pieces, lean, embeds)
@@ -283,7 +295,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         cache = self._check_cache(past_key_values)
         if cache.is_empty:
             raise ValueError("past_key_values has read nothing yet: there is nothing to sleep on")
-        self._sleeper().consolidate(cache, list(range(len(cache.rows))), passes)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            self._sleeper().consolidate(cache, list(range(len(cache.rows))), passes)
         past_key_values.assign(cache)
         return past_key_values
 
@@ -305,11 +318,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         for piece in parts:
             hidden: Any = piece.hidden
             for i, (b, start, count) in enumerate(zip(piece.rows, piece.start, piece.counts, strict=True)):
-                column = torch.arange(count) + start + layout.start[b]
-                inside = column >= first
-                rows.append(torch.full_like(column[inside], b))
-                columns.append(column[inside] - first)
-                tokens.append(hidden[i, :count][inside.to(hidden.device)])
+                low = min(count, max(0, first - start - layout.start[b]))
+                column = torch.arange(low, count) + start + layout.start[b] - first
+                rows.append(torch.full_like(column, b))
+                columns.append(column)
+                tokens.append(hidden[i, low:count])
         vocab = self.config.text_config.vocab_size
         if not tokens:
             return embeds.new_zeros(batch, keep, vocab)
@@ -319,8 +332,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss_of_pieces(self, pieces: Iterator[Piece], targets: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy, window by window: logits are made only where there is a target, and not kept."""
-        # A rank without targets must run its backward too: the loss is 0 then, with a graph.
-        total = embeds.float().sum() * 0.0
+        total: torch.Tensor | None = None
         for piece in pieces:
             if piece.hidden is None:
                 continue
@@ -329,11 +341,15 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 window[i, :count] = targets[b, start : start + count]
             row, column = (index.to(piece.hidden.device) for index in (window != -100).nonzero(as_tuple=True))
             arguments = piece.hidden[row, column], window[window != -100].to(piece.hidden.device)
+            if not len(row):
+                # Adds nothing, but gives the loss its graph: a rank without targets must run its backward too.
+                arguments = piece.hidden[:1, 0], torch.full((1,), -100, device=piece.hidden.device)
             if self.gradient_checkpointing:
-                total = total + checkpoint(self._cross_entropy, *arguments, use_reentrant=False)
+                part = checkpoint(self._cross_entropy, *arguments, use_reentrant=False)
             else:
-                total = total + self._cross_entropy(*arguments)
-        return total
+                part = self._cross_entropy(*arguments)
+            total = part if total is None else total + part
+        return embeds.float().sum() * 0.0 if total is None else total  # all pads
 
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed over `hidden` `[n, C]` and `targets` `[n]`."""
@@ -386,7 +402,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if inputs_embeds is None:
             vocab = self.config.text_config.vocab_size
-            low, high = (int(n) for n in torch.aminmax(given))
+            low, high = torch.stack(torch.aminmax(given)).tolist()
             if low < 0 or high >= vocab:
                 raise ValueError(f"input_ids hold {low if low < 0 else high}: ids must be from 0 to {vocab - 1}")
         batch, width = given.shape
@@ -503,7 +519,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             config = SleepLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not config.only_sleep:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        for key in HUB_KEYWORDS[-2:]:
+        for key in ("revision", "subfolder"):
+            # Of the new weights, not of the base.
             kwargs.pop(key, None)
         base, report = load_base(config.base_model_name_or_path, kwargs)
         _check_same_base(config.text_config, base.config)
@@ -525,14 +542,6 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         model.eval()
         return model if report is None else (model, report)
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes, also when accelerate keeps its weights elsewhere."""
-    hook = getattr(layer, "_hf_hook", None)
-    if (device := getattr(hook, "execution_device", None)) is not None:
-        return torch.device(device)
-    return next(layer.parameters()).device
 
 
 def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -574,11 +583,15 @@ def _wanted(targets: torch.Tensor | None, layout: Layout, keep: int) -> list[lis
     """Per row and real token, whether its logits are needed; `None` for all.
 
     Args:
-        targets: left-aligned `[B, T]`: logits are needed only where there is one.
+        targets: left-aligned `[B, T]`: logits are needed only where there is one (or somewhere, for a graph).
         keep: without targets, how many of the last columns need logits.
     """
     if targets is not None:
-        return (targets != -100).tolist()
+        wanted = (targets != -100).tolist()
+        if not any(map(any, wanted)):
+            row = max(range(len(wanted)), key=layout.counts.__getitem__)
+            wanted[row][max(0, layout.counts[row] - 1)] = True
+        return wanted
     if keep >= layout.width:
         return None
     first = layout.width - keep
@@ -616,5 +629,5 @@ def _load_weights(source: Any, hub: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
-AutoConfig.register("sleep_lm", SleepLMConfig)
-AutoModelForCausalLM.register(SleepLMConfig, SleepForCausalLM)
+AutoConfig.register("sleep_lm", SleepLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(SleepLMConfig, SleepForCausalLM, exist_ok=True)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import Pair, Row, SleepCache, Tensors
 from .config import SleepConfig
+from .offload import compute_device
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ def take_columns(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 class Geometry:
     """Where the tokens of one pass stand: positions, lengths, and who sees whom."""
 
-    counts: list[int]
     lengths: torch.Tensor | None
     join: Join
     ropes: dict[str, Any]
@@ -223,7 +223,7 @@ class Sleeper:
         geometry = self._geometry(x, [cache.rows[b] for b in rows], held, counts)
         x, layers = self._run(range(self.loop.stop), x, part.layers, geometry)
         join = Join([cache.rows[b].fill for b in rows], counts, x.device)
-        hidden = join(part.hidden, x)
+        hidden = join(None if part.hidden is None else part.hidden.to(x.device), x)
         if run_tail:
             x, layers = self._run(self.tail, x, layers, geometry)
         self._put(cache, index, Tensors(layers, part.window_start, hidden))
@@ -341,17 +341,16 @@ class Sleeper:
             if slot.role == "attention":
                 layers.append(None)
                 continue
-            device = self.device_of(slot, x.device)
+            device = self.device_of(slot)
             if slot.role == "block":
                 layers.append(self.blocks[str(slot.index)].mixer.init_state(batch_size, device, x.dtype))
             else:
                 layers.append(self.decoder.linear_state(slot.index, batch_size, device, x.dtype))
         return Tensors(layers, self._window_start(layers), None)
 
-    def device_of(self, slot: Slot, default: torch.device) -> torch.device:
-        """Where a slot's parameters are; `default` where they are kept off the device until they run."""
-        module = self.blocks[str(slot.index)] if slot.role == "block" else self.decoder.layers[slot.index]
-        return next((p.device for p in module.parameters() if p.device.type != "meta"), default)
+    def device_of(self, slot: Slot) -> torch.device:
+        """Where a slot computes, and its cache lives."""
+        return compute_device(self.blocks[str(slot.index)] if slot.role == "block" else self.decoder.layers[slot.index])
 
     def _run(
         self, slots: range, x: torch.Tensor, layers: list[Pair | None], geometry: Geometry
@@ -377,6 +376,11 @@ class Sleeper:
                 x = self.decoder.attention_layer(
                     slot.index, x, geometry.ropes[slot.kind], geometry.masks[slot.kind], kv
                 )
+                if kv.pair is pair:
+                    raise RuntimeError(
+                        f"decoder layer {slot.index} left its cache alone: turn the base's own gradient "
+                        "checkpointing off, and the SleepForCausalLM's on"
+                    )
                 out.append(kv.pair)
                 continue
             assert pair is not None  # fast weights begin as zeros, not as nothing
@@ -417,7 +421,7 @@ class Sleeper:
             masks[kind] = self._mask(x, positions, first, held, counts, sinks, own, plain=one and not ragged)
         ropes = {kind: self.decoder.rope(x, positions, kind) for kind in self.attention_kinds}
         lengths = torch.tensor(counts, device=device) if ragged else None
-        return Geometry(counts, lengths, join, ropes, masks)
+        return Geometry(lengths, join, ropes, masks)
 
     def _mask(
         self,
@@ -439,7 +443,9 @@ class Sleeper:
             whole = held[0] + width
             farthest = whole if held[0] == first[0] or not sinks[0] else first[0] + width
             in_reach = (span is None or whole <= span + sinks[0]) and (own_window is None or farthest <= own_window)
-            if in_reach and (width == 1 or (held[0] == 0 and implementation != "eager")):
+            # Flash attention lines its causal mask up with the last key, sdpa with the first.
+            from_start = held[0] == 0 and implementation != "eager"
+            if in_reach and (width == 1 or from_start or implementation.startswith("flash")):
                 return None
         if implementation not in ("sdpa", "eager"):
             raise ValueError(

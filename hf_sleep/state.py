@@ -57,7 +57,6 @@ class SleepState:
         tensors: by name; batch first.
         rows: counters per sequence, in tokens.
         columns: columns read, pads included.
-        fast_slots: which layers carry fast weights.
         settings: the `SleepConfig` fields that must agree.
         fingerprint: of the model that wrote it.
         dtype: of that model.
@@ -68,7 +67,6 @@ class SleepState:
     tensors: dict[str, torch.Tensor]
     rows: list[Row]
     columns: int
-    fast_slots: list[int]
     settings: dict[str, Any]
     fingerprint: str
     dtype: str
@@ -88,7 +86,6 @@ class SleepState:
             tensors=dict(_named(cache.tensors)),
             rows=[dataclasses.replace(row) for row in cache.rows],
             columns=cache.columns,
-            fast_slots=sorted(cache.fast_slots),
             settings=_settings(model),
             fingerprint=fingerprint(model),
             dtype=str(model.dtype),
@@ -100,21 +97,22 @@ class SleepState:
         Raises:
             ValueError: another model, other settings, or another dtype.
         """
+        settings, digest = _settings(model), fingerprint(model)
         for key, saved in self.settings.items():
-            if (here := _settings(model)[key]) != saved:
+            if (here := settings[key]) != saved:
                 raise ValueError(
                     f"the state was saved with {key}={saved!r}, this model has {key}={here!r}: set it to that"
                 )
         if self.dtype != str(model.dtype):
             raise ValueError(f"the state is of a {self.dtype} model, this one is {model.dtype}: load it in that dtype")
-        if self.fingerprint != fingerprint(model):
+        if self.fingerprint != digest:
             raise ValueError(
                 f"the state was saved by another model (fingerprint {self.fingerprint[:12]}, this one is "
-                f"{fingerprint(model)[:12]}): fast weights mean nothing to a model with other weights"
+                f"{digest[:12]}): fast weights mean nothing to a model with other weights"
             )
-        devices = model.slot_devices()
         cache = SleepCache()
-        cache.start(model, len(self.rows), _unnamed(self.tensors, devices), frozenset(self.fast_slots))
+        tensors = _unnamed(self.tensors, model.slot_devices())
+        cache.start(model, len(self.rows), tensors, model.fast_slots())
         cache.rows = [dataclasses.replace(row) for row in self.rows]
         cache.columns = self.columns
         return cache
@@ -123,7 +121,7 @@ class SleepState:
         """Write one safetensors file; load it with `SleepState.load`."""
         header = {
             "rows": [dataclasses.asdict(row) for row in self.rows],
-            **{key: getattr(self, key) for key in ("columns", "fast_slots", "settings", "fingerprint", "dtype")},
+            **{key: getattr(self, key) for key in ("columns", "settings", "fingerprint", "dtype")},
         }
         tensors = {name: t.detach().contiguous().clone() for name, t in self.tensors.items()}
         save_file(tensors, path, metadata={"format": FORMAT, "version": __version__, "state": json.dumps(header)})

@@ -1,5 +1,9 @@
 """SleepForCausalLM as a model among others: what it refuses, its loss, Trainer, and a stream without end."""
 
+import copy
+import functools
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,6 +269,57 @@ def test_without_a_target_the_loss_is_zero_with_a_graph(training):
     for parameter in model.parameters():
         assert parameter.grad is None or not parameter.grad.any()
     assert model.get_input_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_a_target_every_trainable_parameter_gets_a_gradient(checkpointing):
+    """Also where the base is frozen: DDP waits for the gradient of every parameter that has one elsewhere."""
+    model, ids = sleeper().train(), tokens(2 * L + 3)[None]
+    model.lm.requires_grad_(False)
+    model.gradient_checkpointing = checkpointing
+    model(ids, labels=torch.full_like(ids, -100)).loss.backward()
+    gradients = [parameter.grad for parameter in model.fast_weights.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_logits_are_made_in_training_where_they_are_asked_for():
+    model, ids = sleeper().train(), tokens(2 * L + 3)[None]
+    out = model(ids, labels=ids, logits_to_keep=2)
+    assert out.logits.shape[1] == 2
+    assert torch.allclose(out.loss, model(ids, labels=ids).loss)
+
+
+def test_a_base_that_checkpoints_itself_hands_that_over():
+    """Its own checkpointing drops the cache in training, and with it the window."""
+    base = make_base("llama").train()
+    for module in base.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+    model = SleepForCausalLM.from_base(base, sleep_config("llama", window_size=L, eviction="sliding"))
+    assert model.gradient_checkpointing
+    ids = tokens(3 * L)[None]
+    model(ids, labels=ids).loss.backward()
+    base.model.layers[0].gradient_checkpointing = True
+    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    base.model.layers[0]._gradient_checkpointing_func = again
+    with pytest.raises(RuntimeError, match="gradient checkpointing off"):
+        model(ids, labels=ids)
+
+
+def test_sleep_in_idle_time_keeps_no_graph():
+    model, cache = sleeper(), SleepCache()
+    with torch.no_grad():
+        model(tokens(L - 1)[None], past_key_values=cache)
+    model.sleep(cache)
+    assert not any(t.requires_grad for pair in cache.tensors.layers if pair for t in pair)
+
+
+def test_a_cache_says_how_it_can_be_kept():
+    cache = SleepCache()
+    sleeper()(tokens(3)[None], past_key_values=cache)
+    with pytest.raises(TypeError, match=r"SleepState\.from_cache"):
+        pickle.dumps(cache)
+    assert copy.copy(cache).tensors is cache.tensors
 
 
 # The warning of untrained blocks.

@@ -1,5 +1,6 @@
 """Checkpoints: sharded, of new weights only, on other dtypes and devices, and what cannot be loaded again."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -218,6 +219,17 @@ def test_loading_info_is_given_where_it_is_asked_for(what, bases, tmp_path):
     model, report = AutoModelForSleepLM.from_pretrained(folder, output_loading_info=True)
     assert type(model) is SleepForCausalLM
     assert not report["unexpected_keys"]
+
+
+def test_a_dictionary_changes_just_those_fields(bases, tmp_path):
+    model = retrofit(bases("llama"))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSleepLM.from_pretrained(tmp_path, sleep={"sleep_passes": 4})
+    assert loaded.config.sleep == dataclasses.replace(model.config.sleep, sleep_passes=4)
+    with pytest.raises(ValueError, match=r"block_kind='jet' cannot work"):
+        AutoModelForSleepLM.from_pretrained(tmp_path, sleep={"block_kind": "jet"})
+    fresh = AutoModelForSleepLM.from_pretrained(bases("llama"), sleep={"window_size": 7, "num_blocks": 2})
+    assert (fresh.config.sleep.window_size, fresh.config.sleep.num_blocks) == (7, 2)
 
 
 def test_new_weights_alone_are_refused_where_the_base_has_learned_too(bases, tmp_path):
