@@ -1,0 +1,104 @@
+"""Train a model's fast-weight blocks through sleep on a text, with the plain Trainer.
+
+python recipes/finetune_text.py                                   # SmolLM2 as `make demo` left it, Python's docs
+python recipes/finetune_text.py --model Qwen/Qwen3-0.6B --text book.txt --sleep-passes 4 --whole-model
+accelerate launch recipes/finetune_text.py --steps 500
+
+Next-token loss on every window; a sample is several windows long, and all but the last of them sleep. The defaults take
+a few minutes on two CPU cores and are a start, not a result: they are far too few steps to teach a model to remember.
+"""
+
+import argparse
+import math
+import pydoc_data.topics
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder (default: %(default)s)"
+    )
+    parser.add_argument("--text", type=Path, help="text file (default: Python's language reference, from pydoc)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--window-size", type=int, default=128, help="tokens (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=4, help="windows per sample (default: %(default)s)")
+    parser.add_argument("--sleep-passes", type=int, default=2)
+    parser.add_argument("--eviction", choices=("hard", "sliding"), default="hard")
+    parser.add_argument("--whole-model", action="store_true", help="train the base too, not just the new blocks")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute passes in the backward, to save memory")
+    parser.add_argument("--output", type=Path, default=Path("runs/finetune_text"))
+    return parser.parse_args()
+
+
+def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
+    """The text cut into samples of `length` tokens; the last twentieth is for evaluation."""
+    text = path.read_text() if path else "\n\n".join(pydoc_data.topics.topics.values())
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    if len(rows) < 20:
+        raise SystemExit(
+            f"the text has {len(ids)} tokens: 20 samples of {length} are needed. Pass --windows or --window-size"
+        )
+    rows = rows.tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows}).train_test_split(0.05, shuffle=False)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    set_seed(0)
+    model: SleepForCausalLM = AutoModelForSleepLM.from_pretrained(
+        arguments.model,
+        sleep={
+            "window_size": arguments.window_size,
+            "sleep_passes": arguments.sleep_passes,
+            "eviction": arguments.eviction,
+        },
+        dtype="float32",
+    )
+    model.lm.requires_grad_(arguments.whole_model)
+    model.gradient_checkpointing = arguments.checkpointing
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    data = samples(tokenizer, arguments.text, arguments.window_size * arguments.windows)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(arguments.output),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            warmup_steps=max(1, arguments.steps // 10),
+            max_grad_norm=1.0,
+            logging_steps=max(1, arguments.steps // 10),
+            save_strategy="no",
+            report_to="none",
+            prediction_loss_only=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=data["train"],
+        eval_dataset=data["test"].select(range(min(16, len(data["test"])))),
+        data_collator=default_data_collator,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    tokenizer.save_pretrained(arguments.output)
+    if trainer.is_world_process_zero():
+        print(
+            f"held-out perplexity: {math.exp(before):.2f} before, {math.exp(after):.2f} after {arguments.steps} steps"
+        )
+        print(f"saved to {arguments.output}; load it with AutoModelForSleepLM.from_pretrained")
+
+
+if __name__ == "__main__":
+    main()
