@@ -96,7 +96,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             }
         )
         self.gradient_checkpointing = False
-        self._may_be_untrained = True
+        self._may_be_untrained, self._is_fresh = True, lm is not None
         if lm is None:
             self.post_init()
 
@@ -248,7 +248,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
         if cache.is_empty:
             cache.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
-        self._warn_if_untrained(cache, layout)
+        self._warn_if_untrained(cache, layout, passes)
 
         targets = None if labels is None else _next_labels(labels, layout)
         lean = None
@@ -427,20 +427,30 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return _layout_of_mask(attention_mask[:, -width:])
 
-    def _warn_if_untrained(self, cache: SleepCache, layout: Layout) -> None:
+    def _warn_if_untrained(self, cache: SleepCache, layout: Layout, passes: int) -> None:
         """Once, when an untrained model is about to sleep."""
+        if self.training:
+            self._is_fresh = False
         if not self._may_be_untrained or self.training:
             return
         size = self.config.sleep.window_size
         if all(row.fill + n <= size for row, n in zip(cache.rows, layout.counts, strict=True)):
             return
         self._may_be_untrained = False
-        if self.fast_weights and all(block.is_untrained for block in self.fast_weights.values()):
-            logger.warning_once(
-                "This model was given fast-weight blocks that were never trained: they add nothing, so what "
-                "leaves the window is "
-                "forgotten. Train it through sleep first; until then, sleep only bounds memory."
+        if self.fast_weights and not all(block.is_untrained for block in self.fast_weights.values()):
+            return
+        if self.fast_weights:
+            what = (
+                "fast-weight blocks that were never trained: they add nothing, so what leaves the window is forgotten."
             )
+        elif self._is_fresh:
+            what = "a sleep that it was never trained for: what leaves the window is mostly forgotten."
+        else:
+            return
+        advice = " Train it through sleep first; until then, sleep only bounds memory."
+        if self.config.sleep.eviction == "sliding" and passes > 1:
+            advice += " Until then slide with sleep_passes=1, too: KV of a second pass is noise to it."
+        logger.warning_once(f"This model was given {what}{advice}")
 
     # Generation.
 

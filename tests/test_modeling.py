@@ -344,13 +344,25 @@ def test_an_untrained_model_warns_once_when_it_first_sleeps(warned):
     assert len(warned()) == 1
 
 
-@pytest.mark.parametrize("case", ["trained", "training", "hybrid"])
+@pytest.mark.parametrize("case", ["trained", "training"])
 def test_others_are_not_warned(case, warned):
-    family = "qwen3_next" if case == "hybrid" else "llama"
-    blocks = {"block_layers": ()} if case == "hybrid" else {}
-    model = make_model(family, sleep_config(family, window_size=L, **blocks), trained=case == "trained")
+    model = make_model("llama", sleep_config("llama", window_size=L), trained=case == "trained")
     model.train(case == "training")(tokens(2 * L)[None])
     assert not warned()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_hybrid_warns_unless_it_was_trained_since_it_was_retrofitted(trained, warned):
+    model = make_model("qwen3_next", sleep_config("qwen3_next", window_size=L, block_layers=()), trained=False)
+    model.train(trained)(tokens(2 * L)[None])
+    model.eval()(tokens(2 * L)[None])
+    assert len(warned()) == (not trained)
+
+
+def test_the_warning_says_how_to_slide_untrained(warned):
+    sleep = sleep_config("llama", window_size=L, eviction="sliding", sleep_passes=3)
+    make_model("llama", sleep, trained=False)(tokens(2 * L)[None])
+    assert "sleep_passes=1" in warned()[0]
 
 
 # Trainer.
