@@ -267,24 +267,27 @@ def training_memory(report: Report) -> None:
     )
 
 
-def load(source: str | None) -> PreTrainedModel:
+def load(source: str | None, dtype: str) -> PreTrainedModel:
     folder = source or ".demo/SmolLM2-135M-Instruct"
     if source is None and not Path(folder).is_dir():
         raise SystemExit(f"{folder} is missing: run `make demo` once, or pass --model with a Hub id or folder")
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder (default: the SmolLM2 that make demo unpacked)")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="how far to read (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and turns, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     arguments = parser.parse_args()
     report, turns = Report(), 1 if arguments.quick else 3
     torch.manual_seed(0)
-    model = SleepForCausalLM.from_base(load(arguments.model), SleepConfig(window_size=WINDOW, num_blocks=6))
+    model = SleepForCausalLM.from_base(
+        load(arguments.model, arguments.dtype), SleepConfig(window_size=WINDOW, num_blocks=6)
+    )
     console.print(
         f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, {model.dtype}"
     )

@@ -182,9 +182,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.set_output_embeddings(new_embeddings)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
-        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole (window,
-        # pass) is
-        # checkpointed here instead.
+        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole
+        # (window, pass) is checkpointed here instead.
         self.gradient_checkpointing = enable
 
     # Forward.
@@ -237,8 +236,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         if output_attentions or output_hidden_states:
             raise ValueError(
                 "output_attentions and output_hidden_states are not supported: a window's layers run several "
-                "times, so there is "
-                "no one answer. Run model.decoder's layers to look inside"
+                "times, so there is no one answer. Run model.decoder's layers to look inside"
             )
         cache = self._check_cache(past_key_values)
         layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, cache)

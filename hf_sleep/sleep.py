@@ -114,7 +114,14 @@ def take_columns(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Geometry:
-    """Where the tokens of one pass stand: positions, lengths, and who sees whom."""
+    """Where the tokens of one pass stand, and who sees whom.
+
+    Args:
+        lengths: `[B]` real tokens per row, `None` where all are real.
+        join: puts the pass's keys and values behind the retained ones.
+        ropes: by kind of attention layer, its `position_embeddings`.
+        masks: by kind of attention layer, `[B or 1, 1, T, W]`; `None` where plain causality says it all.
+    """
 
     lengths: torch.Tensor | None
     join: Join
