@@ -4,11 +4,16 @@ from .auto import AutoModelForSleepLM
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
 from .modeling import SleepForCausalLM
+from .models import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
 from .state import SleepState
 from .version import __version__
 
 __all__ = [
     "AutoModelForSleepLM",
+    "JetNemotronConfig",
+    "JetNemotronForCausalLM",
+    "OuroConfig",
+    "OuroForCausalLM",
     "SleepCache",
     "SleepConfig",
     "SleepForCausalLM",

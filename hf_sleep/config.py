@@ -40,7 +40,8 @@ class SleepConfig:
             attention spans the last `window_size` tokens).
         num_sink_tokens: the first tokens of a sequence whose KV is never evicted. An untrained sliding model needs at
             least one (Xiao et al. 2024, arXiv 2309.17453).
-        loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep; `None` is all of them.
+        loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep. `None`: all of them, or
+            what the base's config names as `default_loop_layers` (Jet-Nemotron: the middle half).
         block_kind: `"jet"` or `"gated_delta_net"`.
         num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
             linear-recurrent layers, none into a hybrid.
@@ -150,7 +151,8 @@ class SleepConfig:
                 getattr(self, field),
                 "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
             )
-        loop_layers = self.loop_layers or (0, depth)
+        default_loop: tuple[int, int] = getattr(text_config, "default_loop_layers", (0, depth))
+        loop_layers = self.loop_layers or default_loop
         if loop_layers[1] > depth:
             raise _reject("loop_layers", loop_layers, f"the base has {depth} layers, so b is at most {depth}")
         self._check_positions(getattr(text_config, "max_position_embeddings", None))

@@ -22,6 +22,14 @@ class Decoder:
         lm: the base causal LM. Nothing of it is changed.
     """
 
+    norm_every_pass = False
+    """Whether the base's final norm closes every pass over its layers, and not the last alone."""
+
+    @property
+    def base_loops(self) -> int:
+        """How often the plain base runs its layers over a token, each time with KV of its own."""
+        return 1
+
     def __init__(self, lm: PreTrainedModel):
         self.lm = lm
         self.config = lm.config
@@ -77,8 +85,8 @@ class Decoder:
         raise NotImplementedError(f"{type(self).__name__} has no linear-recurrent layers")
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm and head: `[..., C]` to `[..., vocab]`."""
-        logits = self.lm.get_output_embeddings()(self.model.norm(x))
+        """Final norm, where the passes have not applied it, and head: `[..., C]` to `[..., vocab]`."""
+        logits = self.lm.get_output_embeddings()(x if self.norm_every_pass else self.model.norm(x))
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -194,6 +202,34 @@ class OlmoHybridDecoder(HybridDecoder):
         return mixer.o_proj(normed.reshape(*o.shape[:2], -1))
 
 
+class JetNemotronDecoder(Decoder):
+    """Jet-Nemotron: its Jet layers are the fast weights, in the same mixer that a retrofit injects."""
+
+    def linear_layer(
+        self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State]:
+        layer: Any = self.layers[index]
+        mixed, state = layer.self_attn(layer.input_layernorm(x), state, lengths)
+        x = x + mixed
+        return x + layer.mlp(layer.post_attention_layernorm(x)), state
+
+    def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        return self.layers[index].self_attn.init_state(batch_size, device, dtype)
+
+
+class OuroDecoder(Decoder):
+    """Ouro: wake is one of its loops, a sleep is N of them, each closed by the final norm as in its pre-training.
+
+    `total_ut_steps` and the exit gate are left alone: how often the layers run is the sleep's to say.
+    """
+
+    norm_every_pass = True
+
+    @property
+    def base_loops(self) -> int:
+        return self.config.total_ut_steps
+
+
 DECODERS: dict[str, type[Decoder]] = {
     "llama": Decoder,
     "mistral": Decoder,
@@ -205,6 +241,8 @@ DECODERS: dict[str, type[Decoder]] = {
     "qwen3_next": Qwen3NextDecoder,
     "qwen3_5_text": Qwen35Decoder,
     "olmo_hybrid": OlmoHybridDecoder,
+    "jet_nemotron": JetNemotronDecoder,
+    "ouro": OuroDecoder,
 }
 
 

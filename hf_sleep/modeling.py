@@ -198,6 +198,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         sleep_passes: int | None = None,
+        backprop_windows: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -216,6 +217,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache; by default when one was passed.
             logits_to_keep: how many of the last columns need logits; 0 for all.
             sleep_passes: N for the sleeps of this call; by default the config's.
+            backprop_windows: truncated backpropagation: a row's gradient is cut behind every so many of its sleeps in
+                this call. By default it is whole, as in the paper.
             num_items_in_batch: what to divide the summed loss by, as Trainer gives it; by default the number of
                 targets.
             output_attentions: refused.
@@ -242,6 +245,10 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, cache)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
+        if backprop_windows is not None and (type(backprop_windows) is not int or backprop_windows < 1):
+            raise ValueError(
+                f"backprop_windows={backprop_windows!r}: it must be an integer of at least 1, or None for all windows"
+            )
         sleeper = self._sleeper()
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
         if cache.is_empty:
@@ -256,7 +263,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         keep = min(logits_to_keep or layout.width, layout.width)
         made = keep if targets is None else layout.width
         wanted = _wanted(lean, layout, made)
-        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted)
+        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted, backprop_windows)
         logits = loss = None
         if lean is not None:
             loss = self._loss_of_pieces(pieces, lean, embeds)

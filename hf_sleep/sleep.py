@@ -1,8 +1,9 @@
 """The algorithm: read a window in one pass, consolidate it with N, evict its KV.
 
 A *slot* is one layer of the model in running order: a decoder layer of the base, or an injected fast-weight block.
-Slots before the loop run once per window, slots in it N times, slots after it once more on what the last pass made. The
-ordinary read of a window is pass 1, so a window that was read token by token needs only N - 1 passes more.
+Slots before the loop run once per window, slots in it N times, slots after it once more on what the last pass made.
+Where a family norms the end of every pass, that norm is a slot too, behind the last layer. The ordinary read of a
+window is pass 1, so a window that was read token by token needs only N - 1 passes more.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
@@ -26,7 +27,8 @@ class Slot:
     """One layer in running order.
 
     Args:
-        role: `"attention"` or `"linear"` (decoder layers of the base), or `"block"` (an injected fast-weight block).
+        role: `"attention"` or `"linear"` (decoder layers of the base), `"block"` (an injected fast-weight block), or
+            `"norm"` (the base's final norm, which carries nothing).
         index: the decoder layer it is, or that it follows.
         kind: for attention, the base's name for this kind of layer, which decides RoPE and mask.
     """
@@ -38,7 +40,7 @@ class Slot:
 
 @functools.lru_cache(maxsize=32)
 def programme(
-    kinds: tuple[str, ...], blocks: tuple[int, ...], loop_layers: tuple[int, int]
+    kinds: tuple[str, ...], blocks: tuple[int, ...], loop_layers: tuple[int, int], norm_every_pass: bool
 ) -> tuple[tuple[Slot, ...], range]:
     """All slots in running order, and which of them loop.
 
@@ -46,6 +48,7 @@ def programme(
         kinds: what kind of layer each decoder layer is.
         blocks: decoder layers that a fast-weight block follows; it loops where its layer does.
         loop_layers: half-open range of decoder layers that loop.
+        norm_every_pass: whether the final norm closes every pass, and loops where the last layer does.
     """
     slots: list[Slot] = []
     starts = []
@@ -54,6 +57,8 @@ def programme(
         slots.append(Slot("linear" if kind == "linear_attention" else "attention", index, kind))
         if index in blocks:
             slots.append(Slot("block", index, ""))
+    if norm_every_pass:
+        slots.append(Slot("norm", len(kinds) - 1, ""))
     starts.append(len(slots))
     return tuple(slots), range(starts[loop_layers[0]], starts[loop_layers[1]])
 
@@ -66,7 +71,7 @@ class Piece:
         rows: which rows of the batch.
         start: per row, how many of the call's tokens came before.
         counts: per row, how many tokens were read; pads stand behind them.
-        hidden: `[len(rows), max(counts), C]` before the final norm, or `None` where nobody wanted it.
+        hidden: `[len(rows), max(counts), C]`, what `Decoder.logits` takes, or `None` where nobody wanted it.
     """
 
     rows: list[int]
@@ -161,15 +166,23 @@ class Sleeper:
         self.config = config
         self.checkpointing = checkpointing
         loop_layers = config.loop_layers or (0, len(decoder.kinds))
-        self.slots, self.loop = programme(tuple(decoder.kinds), tuple(map(int, blocks)), loop_layers)
+        self.slots, self.loop = programme(
+            tuple(decoder.kinds), tuple(map(int, blocks)), loop_layers, decoder.norm_every_pass
+        )
         self.head, self.tail = range(self.loop.start), range(self.loop.stop, len(self.slots))
-        self.fast_slots = frozenset(i for i, slot in enumerate(self.slots) if slot.role != "attention")
+        self.fast_slots = frozenset(i for i, slot in enumerate(self.slots) if slot.role in ("linear", "block"))
         self.attention_kinds = sorted({slot.kind for slot in self.slots if slot.role == "attention"})
 
     # Reading.
 
     def read(
-        self, cache: SleepCache, x: torch.Tensor, counts: list[int], passes: int, wanted: list[list[bool]] | None
+        self,
+        cache: SleepCache,
+        x: torch.Tensor,
+        counts: list[int],
+        passes: int,
+        wanted: list[list[bool]] | None,
+        backprop_windows: int | None = None,
     ) -> Iterator[Piece]:
         """Read tokens, sleeping whenever a window is full and another token comes.
 
@@ -179,14 +192,20 @@ class Sleeper:
             counts: real tokens per row.
             passes: N of every sleep on the way.
             wanted: per row and token, whether its output is needed; `None` for all.
+            backprop_windows: cut a row's graph behind every so many of its sleeps; `None`: never.
 
         Yields:
             A `Piece` per window read.
         """
         size = self.config.window_size
-        done = [0] * len(counts)
+        done, slept = [0] * len(counts), [0] * len(counts)
         while rows := [b for b, n in enumerate(counts) if done[b] < n]:
-            self.consolidate(cache, [b for b in rows if cache.rows[b].fill == size], passes)
+            full = [b for b in rows if cache.rows[b].fill == size]
+            self.consolidate(cache, full, passes)
+            if backprop_windows is not None:
+                for b in full:
+                    slept[b] += 1
+                self._cut(cache, [b for b in full if slept[b] % backprop_windows == 0], x.device)
             start = [done[b] for b in rows]
             take = [min(counts[b] - done[b], size - cache.rows[b].fill) for b in rows]
             need = wanted is None or any(any(wanted[b][s : s + n]) for b, s, n in zip(rows, start, take, strict=True))
@@ -223,7 +242,7 @@ class Sleeper:
             run_tail: whether the slots behind the loop are needed now.
 
         Returns:
-            `[len(rows), T, C]` before the final norm.
+            `[len(rows), T, C]`, what `Decoder.logits` takes.
         """
         part, index = self._part(cache, rows, x.device)
         held = [cache.rows[b].kv_length for b in rows]
@@ -271,6 +290,12 @@ class Sleeper:
             part = Tensors(layers, part.window_start, None)
         layers = self._evict(part.layers, states, device)
         self._put(cache, index, Tensors(layers, self._window_start(layers), None))
+
+    def _cut(self, cache: SleepCache, rows: list[int], device: torch.device) -> None:
+        """Let no gradient pass from what `rows` read next to what they have read."""
+        if rows:
+            part, index = self._part(cache, rows, device)
+            self._put(cache, index, part.map(torch.Tensor.detach))
 
     def _window_start(self, layers: list[Pair | None]) -> dict[int, Pair]:
         """What a rewind will need: convolution tails in the loop, whole states behind it."""
@@ -344,19 +369,20 @@ class Sleeper:
     def start(self, batch_size: int, x: torch.Tensor) -> Tensors:
         """The tensors of a batch that has read nothing."""
         layers: list[Pair | None] = []
-        for slot in self.slots:
-            if slot.role == "attention":
+        for i, slot in enumerate(self.slots):
+            if i not in self.fast_slots:
                 layers.append(None)
-                continue
-            device = self.device_of(slot)
-            if slot.role == "block":
-                layers.append(self.blocks[str(slot.index)].mixer.init_state(batch_size, device, x.dtype))
+            elif slot.role == "block":
+                mixer = self.blocks[str(slot.index)].mixer
+                layers.append(mixer.init_state(batch_size, self.device_of(slot), x.dtype))
             else:
-                layers.append(self.decoder.linear_state(slot.index, batch_size, device, x.dtype))
+                layers.append(self.decoder.linear_state(slot.index, batch_size, self.device_of(slot), x.dtype))
         return Tensors(layers, self._window_start(layers), None)
 
     def device_of(self, slot: Slot) -> torch.device:
         """Where a slot computes, and its cache lives."""
+        if slot.role == "norm":
+            return compute_device(self.decoder.model.norm)
         return compute_device(self.blocks[str(slot.index)] if slot.role == "block" else self.decoder.layers[slot.index])
 
     def _run(
@@ -378,6 +404,10 @@ class Sleeper:
         out: list[Pair | None] = []
         for i, pair in zip(slots, carried, strict=True):
             slot = self.slots[i]
+            if slot.role == "norm":
+                x = self.decoder.model.norm(x)
+                out.append(None)
+                continue
             if slot.role == "attention":
                 kv = WindowKV(pair, geometry.join)
                 x = self.decoder.attention_layer(

@@ -67,9 +67,28 @@ FAMILIES = {
     ),
     "olmo_hybrid": ("olmo_hybrid", _LINEAR | {"rope_parameters": _ROPE}),
     "olmo_hybrid_nope": ("olmo_hybrid", _LINEAR | {"rope_parameters": None}),
+    "jet_nemotron": (
+        "jet_nemotron",
+        {
+            "layer_types": ["jet", "attn", "jet", "swa"],
+            "efficient_attention_config": {
+                "jet": {
+                    "num_heads": 2,
+                    "head_dim": 6,
+                    "expand_v": 2.6666666667,
+                    "conv_size": 4,
+                    "dconv_generator_reduction": 8,
+                    "norm_eps": "1e-5",
+                },
+                "swa": {"window_size": 4},
+            },
+        },
+    ),
+    "ouro": ("ouro", {"total_ut_steps": 1}),
 }
-HYBRIDS = ("qwen3_next", "qwen3_5", "olmo_hybrid", "olmo_hybrid_nope")
-ATTENTION = tuple(name for name in FAMILIES if name not in HYBRIDS)
+HYBRIDS = ("qwen3_next", "qwen3_5", "olmo_hybrid", "olmo_hybrid_nope", "jet_nemotron")
+# Whose untrained retrofit is the base bit for bit: the recurrence of stock hybrids runs on our op instead.
+BITWISE = tuple(name for name in FAMILIES if name not in HYBRIDS or name == "jet_nemotron")
 
 
 def sleep_config(family: str, **fields) -> SleepConfig:

@@ -34,9 +34,8 @@ def convolve(x, taps, tail):
     return y, padded[-width:].T
 
 
-def run_block(block, h, S, tail):
-    """One injected fast-weight block on h `[T, C]`."""
-    m, x = block.mixer, block.norm(h)
+def run_mixer(m, x, S, tail):
+    """A Jet or Gated DeltaNet mixer on x `[T, C]`."""
     q, k, v = m.q_proj(x), m.k_proj(x), m.v_proj(x)
     if hasattr(m, "dynamic_conv1d"):
         maker = m.dynamic_conv1d.kernel_generator
@@ -49,7 +48,20 @@ def run_block(block, h, S, tail):
     o, S = delta_rule(q, k, v, g, m.b_proj(x).sigmoid(), S)
     o = o / (o.square().mean(-1, keepdim=True) + m.o_norm.eps).sqrt() * m.o_norm.weight
     o = o * F.silu(m.g_proj(x)).view_as(o)
-    return h + m.o_proj(o.flatten(-2)), (S, tail)
+    return m.o_proj(o.flatten(-2)), (S, tail)
+
+
+def run_block(block, h, S, tail):
+    """One injected fast-weight block on h `[T, C]`."""
+    mixed, state = run_mixer(block.mixer, block.norm(h), S, tail)
+    return h + mixed, state
+
+
+def run_jet_layer(layer, h, S, tail):
+    """One of Jet-Nemotron's own Jet layers on h `[T, C]`."""
+    mixed, state = run_mixer(layer.self_attn, layer.input_layernorm(h), S, tail)
+    h = h + mixed
+    return h + layer.mlp(layer.post_attention_layernorm(h)), state
 
 
 def stock_delta_rule(query, key, value, g, beta, initial_state, **_):
@@ -101,17 +113,20 @@ class Row:
         self.memory = {}  # "blocks.i" or "layers.i" -> (S, tail)
         self.kv = {}  # i -> retained (k, v) [1, H, J, D]
         self.retained, self.next_position = [], 0  # position numbers of the retained keys; of the next token
+        self.norm_every_pass = self.config.model_type == "ouro"
         like = {"dtype": self.decoder.embed_tokens.weight.dtype}
-        for i, block in self.blocks.items():
-            m = block.mixer
-            shape = (m.num_heads, m.head_dim, m.head_v_dim)
-            self.memory[f"blocks.{i}"] = torch.zeros(shape, **like), torch.zeros(m.conv_dim, m.conv_size, **like)
+        mixers = {f"blocks.{i}": block.mixer for i, block in self.blocks.items()}
         for i, layer in enumerate(self.decoder.layers):
-            if self.types[i] == "linear_attention":
+            if self.types[i] == "linear_attention" and self.config.model_type == "jet_nemotron":
+                mixers[f"layers.{i}"] = layer.self_attn
+            elif self.types[i] == "linear_attention":
                 m = layer.linear_attn
                 shape = (m.num_v_heads, m.head_k_dim, m.head_v_dim)
                 tail = torch.zeros(m.conv_dim, m.conv_kernel_size, **like)
                 self.memory[f"layers.{i}"] = torch.zeros(shape, **like), tail
+        for key, m in mixers.items():
+            shape = (m.num_heads, m.head_dim, m.head_v_dim)
+            self.memory[key] = torch.zeros(shape, **like), torch.zeros(m.conv_dim, m.conv_size, **like)
 
     def read_window(self, ids, passes):
         """Read a window: its logits `[T, V]`. `passes` > 0: then sleep, the read being the first of them."""
@@ -120,7 +135,8 @@ class Row:
         self.start, self.current = dict(self.memory), {}
         h = self.run(range(a), self.decoder.embed_tokens(ids)[None])
         h = self.run(range(a, b), h)
-        logits = self.model.lm_head(self.decoder.norm(self.run(range(b, depth), h)))[0]
+        out = self.run(range(b, depth), h)
+        logits = self.model.lm_head(out if self.norm_every_pass else self.decoder.norm(out))[0]
         if passes > 1:
             for _ in range(passes - 1):
                 h = self.run(range(a, b), h)
@@ -137,7 +153,10 @@ class Row:
         """One pass of some layers over the window: S goes on from `memory`, conv tails from the window's `start`."""
         for i in layers:
             layer, key = self.decoder.layers[i], f"layers.{i}"
-            if key in self.memory:
+            if key in self.memory and self.config.model_type == "jet_nemotron":
+                x, self.memory[key] = run_jet_layer(layer, h[0], self.memory[key][0], self.start[key][1])
+                h = x[None]
+            elif key in self.memory:
                 cache = LayerCache(S=self.memory[key][0], tail=self.start[key][1])
                 with mock.patch.multiple(sys.modules[type(layer).__module__], **NAIVE):
                     h = layer(h, attention_mask=None, past_key_values=cache, position_embeddings=None)
@@ -151,7 +170,8 @@ class Row:
                 S, tail = self.memory[key][0], self.start[key][1]
                 x, self.memory[key] = run_block(self.blocks[str(i)], h[0], S, tail)
                 h = x[None]
-        return h
+        ends_the_pass = layers and layers.stop == len(self.decoder.layers)
+        return self.decoder.norm(h) if self.norm_every_pass and ends_the_pass else h
 
     def mask(self, i):
         """Which key each query may see, `[1, 1, T, J + T]`."""
@@ -190,6 +210,11 @@ class Row:
         self.retained = [positions[j] + move for j, move in zip(keep, moves, strict=True)]
         self.next_position = p + shift
 
+    def cut(self):
+        """Let no gradient pass to what was read so far."""
+        self.memory = {key: (S.detach(), tail.detach()) for key, (S, tail) in self.memory.items()}
+        self.kv = {i: (k.detach(), v.detach()) for i, (k, v) in self.kv.items()}
+
     def rerotate(self, i, k, moves):
         """Turn keys `[1, H, J, D]` as if their tokens had stood `moves` positions further."""
         rotary = self.decoder.rotary_emb
@@ -203,25 +228,29 @@ class Row:
         return torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1)
 
 
-def reference_run(model, ids, sleep_passes=None, sleep_after=MappingProxyType({})):
+def reference_run(model, ids, sleep_passes=None, sleep_after=MappingProxyType({}), backprop_windows=None):
     """Run one row `[T]` through a sleeping model.
 
     Args:
         model: anything with `lm`, `fast_weights` and `config.sleep`.
         sleep_passes: N, instead of the config's; or one per token, of which the one that makes a window sleep counts.
         sleep_after: explicit sleeps: index of the token they come behind, to their N.
+        backprop_windows: cut the graph behind every so many windows.
 
     Returns:
         A namespace of `logits` `[T, V]`, `memory` (name to `(S, tail)`), `positions` (of every token) and the `row`.
     """
     row, passes = Row(model), sleep_passes or model.config.sleep.sleep_passes
     passes = [passes] * len(ids) if isinstance(passes, int) else passes
-    logits, positions, first = [], [], 0
+    logits, positions, first, slept = [], [], 0, 0
     for t in range(len(ids)):
         full, last = t + 1 - first == model.config.sleep.window_size, t + 1 == len(ids)
         if full or last or t in sleep_after:
             sleeps = sleep_after.get(t) or (passes[t + 1] if full and not last else 0)
             logits.append(row.read_window(ids[first : t + 1], sleeps))
+            slept += bool(sleeps)
+            if sleeps and backprop_windows and slept % backprop_windows == 0:
+                row.cut()
             positions += row.positions
             first = t + 1
     return SimpleNamespace(logits=torch.cat(logits), memory=row.memory, positions=positions, row=row)
@@ -232,7 +261,8 @@ def reference_logits(model, ids, sleep_passes=None, sleep_after=MappingProxyType
     return reference_run(model, ids, sleep_passes, sleep_after).logits
 
 
-def reference_loss(model, rows, labels, sleep_passes=None):
+def reference_loss(model, rows, labels, backprop_windows=None):
     """Mean next-token loss over all targets of some rows; `labels` as in transformers (unshifted, -100 ignored)."""
-    logits = torch.cat([reference_logits(model, ids, sleep_passes)[:-1] for ids in rows])
+    runs = [reference_run(model, ids, backprop_windows=backprop_windows) for ids in rows]
+    logits = torch.cat([run.logits[:-1] for run in runs])
     return F.cross_entropy(logits, torch.cat([row[1:] for row in labels]))

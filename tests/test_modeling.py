@@ -77,6 +77,7 @@ REFUSED = {
         {"input_ids": IDS, "logits_to_keep": torch.tensor([1])},
         "logits_to_keep=.* must be an integer",
     ),
+    "no backpropagation": ({"input_ids": IDS, "backprop_windows": 0}, "backprop_windows=0: .* at least 1, or None"),
     "attentions": ({"input_ids": IDS, "output_attentions": True}, "not supported: a window's layers run several times"),
     "hidden states": ({"input_ids": IDS, "output_hidden_states": True}, "not supported: .* Run model.decoder's layers"),
 }

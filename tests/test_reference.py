@@ -50,7 +50,7 @@ def flat_logits(model, ids, positions, may_see):
             for i in range(len(ids))
         ]
         masks[name] = torch.tensor(rows)[None, None]
-    mask = {name: masks[name] for name in types} if getattr(config, "layer_types", None) else masks["full_attention"]
+    mask = {name: masks[name] for name in types} if len(types) > 1 else masks["full_attention"]
     with blocks_hooked(model):
         return model.lm(ids[None], attention_mask=mask, position_ids=torch.tensor([positions]), use_cache=False).logits[
             0
