@@ -11,14 +11,14 @@ from pathlib import Path
 PACKAGE = "hf_sleep"
 # A module may import only from the groups before its own; members of one group do not see each other.
 ORDER = """version | offload | config | ops | layers | cache | state | sleep | decoders | modeling | auto
-    | training session pipeline | cli"""
+    | info | training session pipeline | cli"""
 ALLOWED: dict[str, set[str]] = {}
 for group in ORDER.split("|"):
     before = set(ALLOWED)
     ALLOWED |= {name: set(before) for name in group.split()}
 for name in ALLOWED.keys() - {"version", "offload", "config"}:
     ALLOWED[name].add("hub")
-for name in ("decoders", "modeling", "auto", "training", "session", "pipeline", "cli"):
+for name in ("decoders", "modeling", "auto", "info", "training", "session", "pipeline", "cli"):
     ALLOWED[name].add("models")
 for name in ("training", "session", "pipeline", "cli"):
     ALLOWED[name].add("data")
