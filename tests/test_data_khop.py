@@ -1,0 +1,242 @@
+"""k-hop: every answer derived again from the row's tokens; and what holds for rows of every task."""
+
+import hashlib
+import itertools
+import json
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets.distributed import split_dataset_by_node
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sleep.data import Depo, KHop, Rule110
+from hf_sleep.data.khop import is_held_out
+
+COMMON = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+# With the SHA-256 of rows 0 to 99 of seed 7 as JSON, in training and in test: seeded rows never change.
+TASKS = {
+    "rule110": (Rule110.paper(), "a0bfad2752acc8d5", "6225b6caeb4e1426"),
+    "depo": (Depo.paper(), "fcfbf67257a50908", "f78e553b379f6f71"),
+    "khop": (KHop(), "14c796bc8a41e70d", "07a665a088cc5e7a"),
+    "khop_windows": (KHop(16, (3, 5), num_queries=6, windows=3), "d33e04a5aa6fb259", "a1570e1385f18224"),
+}
+ALL = pytest.mark.parametrize("task", [task for task, *_ in TASKS.values()], ids=list(TASKS))
+
+
+@st.composite
+def khops(draw):
+    n = draw(st.integers(5, 12))
+    return KHop(
+        num_nodes=n,
+        hops=tuple(sorted(draw(st.sets(st.integers(1, n - 1), min_size=1)))),
+        num_queries=draw(st.one_of(st.none(), st.integers(1, n))),
+        windows=draw(st.integers(1, n)),
+    )
+
+
+def solve(task, row):
+    """The successors, the hop count and the nodes asked about, from the tokens alone."""
+    n, ids = task.num_nodes, row["input_ids"]
+    start = task.windows * task.window_size
+    edges = [token for token in ids[:start] if token < n * n]
+    assert all(token == task.vocab_size - 1 for token in ids[:start] if token >= n * n)
+    successor = {token // n: token % n for token in edges}
+    assert len(edges) == len(successor) == n
+    hop = task.hops[ids[start] - n * n - n]
+    assert ids[-1] == task.vocab_size - 1
+    return successor, hop, [token - n * n for token in ids[start + 1 : -1]]
+
+
+@given(task=khops(), seed=st.integers(0, 10**6), split=st.sampled_from(["train", "test"]))
+@COMMON
+def test_answers_follow_from_the_tokens(task, seed, split):
+    row = task.example(seed, split)
+    successor, hop, asked = solve(task, row)
+    u = 0
+    for steps in range(1, task.num_nodes + 1):
+        u = successor[u]
+        assert (u == 0) == (steps == task.num_nodes)
+    assert len(set(asked)) == len(asked) == (task.num_queries or task.num_nodes)
+    expected = []
+    for u in asked:
+        for _ in range(hop):
+            u = successor[u]
+        expected.append(u)
+    assert row["difficulty"] == hop
+    assert row["answer"] == expected
+    first = task.windows * task.window_size + 2
+    assert row["labels"] == [-100] * first + [task.num_nodes**2 + v for v in expected]
+    assert len(row["input_ids"]) == len(row["labels"]) == task.length
+    assert is_held_out([successor[u] for u in range(task.num_nodes)]) == (split == "test")
+
+
+def test_edges_are_spread_evenly_over_the_windows():
+    task = KHop(16, windows=3, num_queries=2)
+    assert task.window_size == 6
+    ids = task.example(0)["input_ids"]
+    assert [sum(t < 256 for t in ids[w : w + 6]) for w in (0, 6, 12)] == [5, 5, 6]
+    assert (KHop(8).window_size, KHop(8, num_queries=6).window_size) == (10, 8)
+
+
+@pytest.mark.parametrize("n", [5, 6, 7])
+def test_an_eighth_of_the_cycles_is_held_out(n):
+    held = total = 0
+    for rest in itertools.permutations(range(1, n)):
+        order = (0, *rest)
+        successor = [order[(order.index(u) + 1) % n] for u in range(n)]
+        held += is_held_out(successor)
+        total += 1
+    assert 0 < held < total
+    if n == 7:
+        assert held / total == pytest.approx(1 / 8, abs=0.04)
+
+
+def test_train_and_test_share_no_cycle():
+    task = KHop(6)
+    seen = {
+        split: {tuple(sorted(solve(task, row)[0].items())) for row in task.rows(1, split, range(500))}
+        for split in ("train", "test")
+    }
+    assert len(seen["train"]) > 50 < 50 + len(seen["test"])
+    assert not seen["train"] & seen["test"]
+
+
+def test_hops_are_drawn_alike():
+    counts = Counter(row["difficulty"] for row in KHop().rows(0, "train", range(4_000)))
+    assert counts.keys() == {1, 2, 3, 4}
+    assert all(count / 4_000 == pytest.approx(0.25, abs=0.03) for count in counts.values())
+
+
+def test_chance_is_what_a_guess_among_the_nodes_scores():
+    task, guesser = KHop(), random.Random(0)
+    right, asked = Counter(), Counter()
+    for row in task.rows(0, "test", range(1_000)):
+        guesses = [0] * task.length
+        for i, label in enumerate(row["labels"]):
+            if label != -100:
+                own = row["input_ids"][i - 1]
+                guesses[i - 1] = guesser.choice([token for token in range(64, 72) if token != own])
+        for k, ok in task.score(guesses, row):
+            asked[k] += 1
+            right[k] += ok
+    assert asked.keys() == set(task.difficulties)
+    for k in asked:
+        assert task.chance(k) == 1 / 7
+        assert right[k] / asked[k] == pytest.approx(1 / 7, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_nodes": 4}, r"KHop\.num_nodes=4 .*at least 5"),
+        ({"hops": (1, 8)}, r"KHop\.hops=\(1, 8\) .*from 1 to 7"),
+        ({"hops": (2, 1)}, r"KHop\.hops=\(2, 1\) .*ascending"),
+        ({"hops": ()}, r"KHop\.hops=\(\) .*tuple"),
+        ({"hops": 3}, r"KHop\.hops=3 .*tuple"),
+        ({"hops": ("1",)}, r"KHop\.hops=\('1',\) .*integers"),
+        ({"num_queries": 9}, r"KHop\.num_queries=9 .*from 1 to 8"),
+        ({"windows": 0}, r"KHop\.windows=0 .*from 1 to 8"),
+    ],
+)
+def test_errors_name_field_value_and_fix(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KHop(**fields)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_never_change(name):
+    task, *expected = TASKS[name]
+    rows = [task.rows(7, split, range(100)) for split in ("train", "test")]
+    assert [hashlib.sha256(json.dumps(r).encode()).hexdigest()[:16] for r in rows] == expected
+
+
+@ALL
+def test_all_that_is_predicted_stands_in_the_last_window(task):
+    """And is predicted from there: the windows before it sleep, without labels."""
+    for row in task.rows(0, "train", range(50)):
+        real = sum(row.get("attention_mask", [1] * task.length))
+        last = (real - 1) // task.window_size
+        assert last > 0
+        assert {(i - 1) // task.window_size for i, label in enumerate(row["labels"]) if label != -100} == {last}
+        assert max(row["input_ids"] + row["labels"]) < task.vocab_size
+        assert len(row["input_ids"]) == len(row["labels"]) == task.length
+
+
+@ALL
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_stream_and_dataset_are_the_same_rows(task, split):
+    size = 300
+    expected = task.rows(3, split, range(size))
+    assert list(task.dataset(size, seed=3, split=split)) == expected
+    assert list(task.stream(3, split).take(size)) == expected
+    assert list(task.stream(3, split, start=120).take(10)) == expected[120:130]
+    assert task.rows(3, split, range(7, 9)) == [task.rows(3, split, range(i, i + 1))[0] for i in (7, 8)]
+
+
+@ALL
+def test_seeds_and_splits_are_different_rows(task):
+    draws = [task.rows(seed, split, range(20)) for seed in (0, 1) for split in ("train", "test")]
+    assert all(a != b for a, b in itertools.combinations([row for rows in draws for row in rows], 2))
+
+
+@ALL
+def test_readers_share_the_rows(task, monkeypatch):
+    """Two ranks of two data-loader workers, each past the end of a block."""
+    monkeypatch.setattr("hf_sleep.data.task.BLOCK", 4)
+    expected = task.rows(0, "train", range(40))
+    got = [[] for _ in range(4)]
+    for rank, worker in itertools.product(range(2), range(2)):
+        stream = split_dataset_by_node(task.stream(shards=4), rank, 2)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda w=worker: SimpleNamespace(id=w, num_workers=2))
+        got[rank + 2 * worker] = list(itertools.islice(stream, 10))
+    assert [row for step in zip(*got, strict=True) for row in step] == expected
+
+
+@ALL
+def test_a_stream_resumes_from_its_state(task):
+    stream = task.stream(5)
+    reader = iter(stream)
+    for _ in range(17):
+        next(reader)
+    resumed = task.stream(5)
+    resumed.load_state_dict(stream.state_dict())
+    assert list(itertools.islice(resumed, 3)) == task.rows(5, "train", range(17, 20))
+
+
+@ALL
+def test_score_is_exact_match(task):
+    row = task.rows(0, "test", range(1))[0]
+    perfect = [*row["labels"][1:], 0]
+    assert {ok for _, ok in task.score(perfect, row)} == {True}
+    last = max(i for i, label in enumerate(row["labels"]) if label != -100)
+    perfect[last - 1] += 1
+    results = [ok for _, ok in task.score(perfect, row)]
+    assert results == [True] * (len(results) - 1) + [False]
+
+
+@ALL
+def test_errors_of_the_source(task):
+    name = type(task).__name__
+    for call, message in [
+        (lambda: task.example("7"), "seed='7' .*integer"),
+        (lambda: task.example(7, "valid"), "split='valid' .*train.*test"),
+        (lambda: task.dataset(0), "size=0 .*at least 1"),
+        (lambda: task.dataset(3, split="dev"), "split='dev'"),
+        (lambda: task.stream(seed=1.5), "seed=1.5 .*integer"),
+        (lambda: task.stream(shards=0), "shards=0 .*at least 1"),
+        (lambda: task.stream(start=-1), "start=-1 .*at least 0"),
+        (lambda: task.score([1], task.example(0)), r"len\(predicted_ids\)=1 .*"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            call()
+
+
+@ALL
+def test_a_generator_can_be_handed_in(task):
+    rng = random.Random(5)
+    assert task.example(rng) == task.example(5)
+    assert task.example(rng) != task.example(5)
