@@ -62,8 +62,8 @@ def _integers(separator: str) -> Callable[[str | None], tuple[int, ...] | None]:
 
 def _read_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise typer.BadParameter(f"{name!r} is not a floating dtype of torch, such as bfloat16")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise typer.BadParameter(f"{name!r} is not a floating dtype of torch of 16 bits or more, such as bfloat16")
     return dtype
 
 

@@ -78,6 +78,15 @@ class Decoder:
         self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, State]:
         """Run decoder layer `index`, one of the base's own linear-recurrent layers."""
+        layer: Any = self.layers[index]
+        mixed, state = self.mix(layer, layer.input_layernorm(x), state, lengths)
+        x = x + mixed
+        return x + layer.mlp(layer.post_attention_layernorm(x)), state
+
+    def mix(
+        self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State]:
+        """The mixer of a linear-recurrent decoder layer, on its normed input `[B, T, C]`."""
         raise NotImplementedError(f"{type(self).__name__} has no linear-recurrent layers")
 
     def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -130,9 +139,9 @@ class HybridDecoder(Decoder):
         return mixer.out_proj(normed.reshape(*o.shape[:2], -1))
 
     def mix(
-        self, mixer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
+        self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, State]:
-        """One Gated DeltaNet mixer of the base."""
+        mixer: Any = layer.linear_attn
         recurrent_state, conv_state = state
         mixed, gate, beta, a = self.project(mixer, x)
         with loaded(mixer.conv1d):
@@ -146,14 +155,6 @@ class HybridDecoder(Decoder):
             q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta, recurrent_state, lengths
         )
         return self.output(mixer, o, gate), (recurrent_state, conv_state)
-
-    def linear_layer(
-        self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
-        layer: Any = self.layers[index]
-        mixed, state = self.mix(layer.linear_attn, layer.input_layernorm(x), state, lengths)
-        x = x + mixed
-        return x + layer.mlp(layer.post_attention_layernorm(x)), state
 
     def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         mixer: Any = self.layers[index].linear_attn
@@ -205,13 +206,10 @@ class OlmoHybridDecoder(HybridDecoder):
 class JetNemotronDecoder(Decoder):
     """Jet-Nemotron: its Jet layers are the fast weights, in the same mixer that a retrofit injects."""
 
-    def linear_layer(
-        self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
+    def mix(
+        self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, State]:
-        layer: Any = self.layers[index]
-        mixed, state = layer.self_attn(layer.input_layernorm(x), state, lengths)
-        x = x + mixed
-        return x + layer.mlp(layer.post_attention_layernorm(x)), state
+        return layer.self_attn(x, state, lengths)
 
     def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         return self.layers[index].self_attn.init_state(batch_size, device, dtype)

@@ -16,6 +16,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
+    Trainer,
+    TrainingArguments,
     set_seed,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -393,6 +395,17 @@ def test_a_config_that_cannot_work_says_what_would(fields, message):
         JetNemotronConfig(**(usual | fields))
 
 
+def test_a_config_may_be_overridden_where_it_is_loaded():
+    kinds = ["jet", "jet", "attn", "swa", "jet", "swa"]
+    assert AutoConfig.from_pretrained(FOLDER, layer_types=kinds).layer_types[:3] == ["linear_attention"] * 2 + [
+        "full_attention"
+    ]
+    with pytest.raises(ValueError, match=r"JetNemotronConfig.sliding_window=5 .* swa.window_size"):
+        AutoConfig.from_pretrained(FOLDER, sliding_window=5)
+    with pytest.raises(ValueError, match=r"JetNemotronConfig.head_dim=8 .* hidden_size / num_attention_heads"):
+        AutoConfig.from_pretrained(FOLDER, head_dim=8)
+
+
 def test_weights_come_back_bit_for_bit(shared, tmp_path):
     shared.save_pretrained(tmp_path)
     given, written = load_file(FOLDER / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -589,6 +602,28 @@ def test_stateful_models_are_not_assisted(shared, golden):
             },
             "several sequences packed into a row: .* a row of its own, padded",
         ),
+        (
+            lambda m: {
+                "input_ids": torch.ones(1, 4, dtype=torch.long),
+                "attention_mask": torch.ones(1, 4, dtype=torch.long),
+                "position_ids": torch.tensor([[0, 1, 0, 1]]),
+            },
+            "several sequences packed into a row: .* a row of its own, padded",
+        ),
+        (
+            lambda m: {
+                "input_ids": torch.ones(1, 2, dtype=torch.long),
+                "attention_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool),
+            },
+            r"attention_mask has shape \(1, 1, 2, 2\): Jet layers must know which tokens are pads",
+        ),
+        (
+            lambda m: {
+                "input_ids": torch.ones(1, 2, dtype=torch.long),
+                "attention_mask": {"full_attention": None, "sliding_attention": None},
+            },
+            "attention_mask has no 'linear_attention': give the .* mask of pads, or None",
+        ),
     ],
 )
 def test_what_cannot_be_read_says_so(shared, arguments, message):
@@ -718,6 +753,23 @@ def test_training_lowers_the_loss(golden):
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.filterwarnings("ignore:.*rope_scaling.*:FutureWarning")
+def test_trainer_goes_on_from_its_checkpoint(golden, tmp_path):
+    """It reads the checkpoint's config.json, in which upstream's layer types stand, with transformers' base class."""
+    rows = [{"input_ids": golden["long.input_ids"][0], "labels": golden["long.input_ids"][0]}] * 4
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_steps": 1, "logging_steps": 1}
+
+    def losses(steps: int, resume: bool) -> list[float]:
+        lm = AutoModelForCausalLM.from_pretrained(FOLDER)
+        trainer = Trainer(lm, TrainingArguments(str(tmp_path), max_steps=steps, **quiet), train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    first = losses(1, resume=False)
+    assert losses(2, resume=True)[0] == first[0]
+    assert losses(2, resume=True)[1] < first[0]
 
 
 def test_jet_layers_are_the_mixer_that_a_retrofit_injects(shared):

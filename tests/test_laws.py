@@ -249,6 +249,28 @@ def test_3_truncated_gradients_are_cut_behind_every_so_many_windows(case, backpr
         assert_loss_and_gradients(case, sleeper(case), 1e-9, backprop_windows)
 
 
+@pytest.mark.parametrize("backprop_windows", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "jet_nemotron", "ouro"])
+def test_3_each_row_counts_its_own_sleeps_where_gradients_are_cut(family, backprop_windows):
+    """Rows that enter the call with windows of different fill sleep at different tokens of it."""
+    model = sleeper(f"{family}/sliding+sink/N2/all").train()
+    past, turn = [tokens(n, n) for n in (2, L - 1, L + 3)], torch.stack([tokens(3 * L + 4, n) for n in (1, 2, 3)])
+
+    def gradients(rows):
+        ids, mask = pad([past[r] for r in rows], "left")
+        cache = SleepCache()
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+        settings = {"num_items_in_batch": 1, "backprop_windows": backprop_windows}
+        return loss_and_gradients(model, model(turn[rows], labels=turn[rows], past_key_values=cache, **settings).loss)
+
+    with exact():
+        together, alone = gradients([0, 1, 2]), [gradients([r]) for r in range(3)]
+    assert_close(together[0], sum(loss for loss, _ in alone))
+    for name, gradient in together[1].items():
+        assert_close(gradient, sum(each[name] for _, each in alone), what=name)
+
+
 @pytest.mark.parametrize("case", SPREAD)
 def test_3_explicit_sleeps_consolidate_partial_windows(case):
     model, ids = sleeper(case), tokens(T)

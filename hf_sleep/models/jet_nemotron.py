@@ -21,6 +21,7 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
+    configuration_utils,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -101,12 +102,21 @@ class JetNemotronConfig(UpstreamConfig):
         self.efficient_attention_config = {name: dict(values) for name, values in efficient.items()}
         if "jet" in efficient:
             self.efficient_attention_config["jet"] = JET_COMMON | efficient["jet"]
-        given = LAYERS_2B if self.layer_types is None else self.layer_types
-        names = re.findall(r"\w+", given) if isinstance(given, str) else list(given)
-        self.layer_types = [LAYER_TYPES.get(name, name) for name in names]
+        self.layer_types = LAYERS_2B if self.layer_types is None else self.layer_types
         self._check(kwargs.pop("head_dim", None))
         kwargs.pop("sliding_window", None)  # Qwen2's, which this model does not read: see `sliding_window`
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Overrides of from_pretrained come this way too.
+        if name == "layer_types" and value is not None:
+            names = re.findall(r"\w+", value) if isinstance(value, str) else list(value)
+            value = [LAYER_TYPES.get(name, name) for name in names]
+        elif name == "head_dim":
+            raise _reject(name, value, "it is hidden_size / num_attention_heads: set those")
+        elif name == "sliding_window":
+            raise _reject(name, value, "set efficient_attention_config, whose swa.window_size it is")
+        super().__setattr__(name, value)
 
     def _check(self, head_dim: int | None) -> None:
         types, depth, heads = self.layer_types, self.num_hidden_layers, self.num_attention_heads
@@ -180,14 +190,30 @@ class RealFirst(NamedTuple):
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor | None, tokens: int) -> "RealFirst | None":
-        """`None` where none of the last `tokens` columns of a `[B, S]` mask is a pad, or it is not of that form."""
-        if attention_mask is None or attention_mask.dim() != 2:
+        """`None` where none of the last `tokens` columns of a `[B, S]` mask is a pad, or there is no mask."""
+        if attention_mask is None:
             return None
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: Jet layers must know which tokens are pads, "
+                "so it must be [batch, tokens], or a dictionary with such a mask for 'linear_attention'"
+            )
         real = attention_mask[:, -tokens:].bool()
         if real.all():
             return None
         order = (~real).int().argsort(dim=1, stable=True)
         return cls(order.unsqueeze(-1), order.argsort(dim=1).unsqueeze(-1), real.sum(dim=1))
+
+
+def are_packed(position_ids: torch.Tensor, attention_mask: Any) -> bool:
+    """Whether positions `[B, T]` do not count up by one between two neighbours that are both real."""
+    breaks = position_ids.diff(dim=-1) != 1
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        real = attention_mask[:, -position_ids.shape[-1] :].bool()
+        breaks = breaks & real[:, 1:] & real[:, :-1]
+    elif attention_mask is not None:
+        return False
+    return bool(breaks.any())
 
 
 class JetNemotronDecoderLayer(GradientCheckpointingLayer):
@@ -310,8 +336,8 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             use_cache: whether to make a cache where none is given.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, a cache made without the model's config, or
-                several sequences packed into a row.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, a cache made without the model's config, a
+                mask that does not tell Jet layers which tokens are pads, or several sequences packed into a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -330,7 +356,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             else:
                 past = 0 if past_key_values is None else past_key_values.get_seq_length()
                 position_ids = (torch.arange(tokens, device=x.device) + past).unsqueeze(0)
-        elif attention_mask is None and bool((position_ids.diff(dim=-1) != 1).any()):
+        elif are_packed(position_ids, attention_mask):
             raise ValueError(
                 "position_ids do not count up by one, as for several sequences packed into a row: Jet layers would "
                 "remember one in the next. Pass every sequence as a row of its own, padded, with an attention_mask"
@@ -344,10 +370,14 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
                 "past_key_values": past_key_values,
                 "position_ids": position_ids,
             }
-            masks = {"full_attention": create_causal_mask(**arguments), "linear_attention": attention_mask}
+            masks = {"linear_attention": RealFirst.of(attention_mask, tokens)}
+            masks["full_attention"] = create_causal_mask(**arguments)
             if self.config.sliding_window is not None:
                 masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
-        masks = masks | {"linear_attention": RealFirst.of(masks.get("linear_attention"), tokens)}
+        elif "linear_attention" in masks:
+            masks = masks | {"linear_attention": RealFirst.of(masks["linear_attention"], tokens)}
+        elif "linear_attention" in self.config.layer_types:
+            raise ValueError("attention_mask has no 'linear_attention': give the [batch, tokens] mask of pads, or None")
         rope = self.rotary_emb(x, position_ids)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(
@@ -415,6 +445,8 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
         )
 
 
+# Trainer reads a checkpoint's config.json with the base class, which must know the upstream names that stand in it.
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(LAYER_TYPES)
 AutoConfig.register("jet_nemotron", JetNemotronConfig, exist_ok=True)
 AutoModel.register(JetNemotronConfig, JetNemotronModel, exist_ok=True)
 AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM, exist_ok=True)
