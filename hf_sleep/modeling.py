@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
+from .hub import AUTO_MAP, TAGS, CardFacts, Repository, hub_id, is_untrained, write_model_card, write_remote_code
 from .layers import FastWeightBlock
 from .offload import compute_device
 from .sleep import Piece, Sleeper
@@ -28,6 +30,10 @@ logger = logging.get_logger(__name__)
 
 # What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Of save_pretrained's, those for push_to_hub.
+PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+# What PEFT, accelerate and transformers ask a model to learn how its linear layers are stored.
+QUANTISATION = {"is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"}
 
 
 @dataclass
@@ -95,6 +101,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 for layer in sleep.block_layers
             }
         )
+        self.card, self.model_tags = CardFacts(), list(TAGS)
         self.gradient_checkpointing = False
         self._may_be_untrained, self._is_fresh = True, lm is not None
         if lm is None:
@@ -137,6 +144,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing, model.gradient_checkpointing = False, True
         model.generation_config = base.generation_config
+        for name in QUANTISATION.intersection(dir(base)):
+            setattr(model, name, getattr(base, name))
         model.post_init()
         return model.train(base.training)
 
@@ -479,24 +488,47 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Saving and loading.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, only_sleep: bool = False, **kwargs: Any) -> None:
-        """Write a checkpoint.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        only_sleep: bool = False,
+        push_to_hub: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a checkpoint with its model card, which a person's README.md takes the place of.
 
         Args:
             save_directory: a folder, made where missing.
             only_sleep: write the fast-weight blocks alone; the base is loaded again from where it came from.
+            push_to_hub: push it as well, with `push_to_hub`'s arguments; `repo_id` is the folder's name by default.
+            state_dict: the weights, where they are not all here (sharded ones that were gathered).
             kwargs: as in `PreTrainedModel.save_pretrained`.
 
         Raises:
             ValueError: where what would be written could not be loaded again.
         """
+        if push_to_hub:
+            hub = {key: kwargs.pop(key) for key in PUSH_KEYWORDS if key in kwargs}
+            repo_id = hub.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, only_sleep=only_sleep, state_dict=state_dict, **hub, **kwargs)
+        self._check_loads_again(only_sleep)
+        self._save(save_directory, Path(save_directory).resolve().name, only_sleep, state_dict, **kwargs)
+
+    def _check_loads_again(self, only_sleep: bool) -> None:
+        """Whether a checkpoint would be all that this model is."""
+        if getattr(self, "peft_config", None) is not None and not self._hf_peft_config_loaded:
+            raise ValueError(
+                "the model carries PEFT adapters: call save_pretrained of the PeftModel for the adapter, or save what "
+                "its merge_and_unload() returns"
+            )
         if not only_sleep:
             if getattr(self.lm, "hf_quantizer", None) is not None:
                 raise ValueError(
                     "the base is quantised, and a quantised base cannot be written inside a sleep checkpoint: use "
                     "save_pretrained(..., only_sleep=True)"
                 )
-            super().save_pretrained(save_directory, **kwargs)
             return
         if not self.config.base_model_name_or_path:
             raise ValueError(
@@ -512,13 +544,82 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
             )
-        state = kwargs.pop("state_dict", None) or self.state_dict()
-        weights = {name: tensor for name, tensor in state.items() if name.startswith("fast_weights.")}
-        self.config.only_sleep = True
+
+    def _save(
+        self,
+        folder: str | os.PathLike,
+        name: str,
+        only_sleep: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+        card: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write weights, config, card and the file that points to this package."""
+        if self._hf_peft_config_loaded:
+            # Of adapters that transformers added, it writes the adapter alone.
+            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+            return
+        if only_sleep:
+            state_dict = {k: v for k, v in (state_dict or self.state_dict()).items() if k.startswith("fast_weights.")}
+        untrained = is_untrained(
+            self.fast_weights.state_dict(prefix="fast_weights.") if state_dict is None else state_dict
+        )
+        # trust_remote_code marks the class, and then its file would be copied: the code stays in the package.
+        self.config._auto_class = None
+        self.config.auto_map, self.config.only_sleep = dict(AUTO_MAP), only_sleep
         try:
-            super().save_pretrained(save_directory, state_dict=weights, **kwargs)
+            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+            if kwargs.get("is_main_process", True):
+                write_remote_code(folder)
+                write_model_card(self, folder, name, untrained=untrained, **(card or {}))
         finally:
             self.config.only_sleep = False
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        only_sleep: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Write a checkpoint to the Hub, with a model card unless a person wrote the one that is there.
+
+        Args:
+            repo_id: `"name"` or `"owner/name"`; made where there is none.
+            only_sleep: as in `save_pretrained`.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: for the Hub; by default the one that is logged in.
+            revision: branch to push to, made where there is none.
+            create_pr: open a pull request instead.
+            tags: for the card, besides its own.
+            state_dict: as in `save_pretrained`.
+            kwargs: as in `save_pretrained` (max_shard_size, …).
+
+        Raises:
+            ValueError: where what would be written could not be loaded again, by others either.
+        """
+        self._check_loads_again(only_sleep)
+        base = self.config.base_model_name_or_path
+        if only_sleep and hub_id(base) is None:
+            raise ValueError(
+                f"only_sleep=True would send those who load {repo_id} to {base!r}, a folder of this machine: set "
+                "config.base_model_name_or_path to the base's id on the Hub, or push everything"
+            )
+        hub = Repository(repo_id, private, token, revision, create_pr)
+        card = {"tags": tags or (), "download": True, "token": token}
+        with TemporaryDirectory() as folder:
+            self._save(folder, hub.repo_id, only_sleep, state_dict, card, **kwargs)
+            return hub.push(folder, commit_message, commit_description)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -534,13 +635,14 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             config = SleepLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not config.only_sleep:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        for key in ("revision", "subfolder"):
+        for key in ("revision", "subfolder", "trust_remote_code"):
             # Of the new weights, not of the base.
             kwargs.pop(key, None)
         base, report = load_base(config.base_model_name_or_path, kwargs)
         _check_same_base(config.text_config, base.config)
         model = cls.from_base(base, config.sleep)
         model.config.base_model_name_or_path = config.base_model_name_or_path
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if config.base_fingerprint not in (None, model.config.base_fingerprint):
             logger.warning(
                 f"The base loaded from {config.base_model_name_or_path} has other weights than the one these "
