@@ -1,0 +1,236 @@
+"""`SleepTrainer`: the Trainer with Muon and AdamW, accuracy by difficulty, and checks before anything is changed."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import SchedulerType, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
+
+from ..data import Task
+from .callbacks import DuringStep
+from .collator import IGNORED, SleepCollator, refuse_packed
+from .evaluation import accuracy_by_difficulty
+from .optimizer import MuonAdamW, check_signature, parameter_groups
+
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+DECAY_SHARE = 0.1
+CHECKED_ROWS = 64
+
+
+@dataclass
+class SleepTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the method's defaults: AdamW's betas (0.9, 0.95), weight decay 1e-4, warm-up over the
+    first twentieth of the steps, then constant, then decay over the last tenth (`lr_scheduler_kwargs`'
+    `num_decay_steps`), and `train_tokens_per_second` in the logs, which counts real tokens.
+
+    `activation_checkpointing` recomputes a whole (window, pass) in the backward, by the model's own hook.
+
+    Args:
+        muon_learning_rate: of the hidden matrices; 2e-3 from scratch. `None`: AdamW for everything.
+        backprop_windows: windows that gradients reach through: a row's graph is cut behind every so many of its sleeps.
+            `None`: all of them, as in the paper.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099), experiments, for the learning rates; the rest is left open there.
+    """
+
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 for AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of everything with two dimensions."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="warmup_stable_decay", metadata={"help": "The scheduler type to use."}
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: steps, or below 1 a share of them."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Which tokens to count: no, all or non_padding."}
+    )
+    muon_learning_rate: float | None = field(
+        default=1e-3, metadata={"help": "Learning rate of the hidden matrices; None: AdamW for everything."}
+    )
+    backprop_windows: int | None = field(
+        default=None, metadata={"help": "Windows that gradients reach through; None: all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.muon_learning_rate is not None and self.optim not in ADAMW:
+            raise ValueError(
+                f"optim={self.optim.value!r} with muon_learning_rate={self.muon_learning_rate}: Muon comes with "
+                "torch's AdamW. Set muon_learning_rate=None, or leave optim as it is"
+            )
+        if self.backprop_windows is not None and self.backprop_windows < 1:
+            raise ValueError(f"backprop_windows={self.backprop_windows!r} must be at least 1, or None for all")
+
+
+class SleepTrainer(Trainer):
+    """`Trainer` for a `SleepForCausalLM`; takes the same arguments, and pads with a `SleepCollator` by default.
+
+    `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
+    counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
+    stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
+    `compute_metrics` of its own, evaluation is the Trainer's.
+
+    Args:
+        args: `SleepTrainingArguments`.
+        task: what the evaluation rows come from.
+
+    Raises:
+        ValueError: by `train`, before anything is changed: rows that cannot be trained on, or a checkpoint of another
+            model, sleep or schedule.
+    """
+
+    optimizer: Any
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: SleepTrainingArguments | None = None,
+        data_collator: Any = None,
+        *others: Any,
+        task: Task | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, SleepTrainingArguments):
+            raise TypeError(f"SleepTrainer needs SleepTrainingArguments as args, not {type(args).__name__}")
+        self.task = task
+        super().__init__(model, args, data_collator or SleepCollator(), *others, **kwargs)
+
+    # Training.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.train_dataset is not None:
+            self._check_rows()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            self._check_checkpoint(Path(resume_from_checkpoint))
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in self._during_step():
+                callback.restore()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self._optimizer_is_ours():
+            args = self.args
+            self.optimizer = MuonAdamW(
+                parameter_groups(model or self.model, args.muon_learning_rate is not None),
+                args.learning_rate,
+                args.muon_learning_rate or 0.0,
+                (args.adam_beta1, args.adam_beta2),
+                args.adam_epsilon,
+                args.weight_decay,
+                fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
+            )
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        given = self.args.lr_scheduler_kwargs or {}
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            decay = {"num_decay_steps": math.ceil(DECAY_SHARE * num_training_steps)}
+            self.args.lr_scheduler_kwargs = decay | given
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = given or None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if model.training and self.args.backprop_windows is not None:
+            inputs = {**inputs, "backprop_windows": self.args.backprop_windows}
+        if num_items_in_batch is not None:
+            # A step whose rows have no label has a loss of 0, not 0 / 0.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _optimizer_is_ours(self) -> bool:
+        return self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW
+
+    def _during_step(self) -> list[DuringStep]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, DuringStep)]
+
+    # Checks.
+
+    def _check_rows(self) -> None:
+        """The first rows of the training data; what the Trainer drops is still there."""
+        rows = [row for row in first_rows(self.train_dataset) if isinstance(row, Mapping)]
+        for row in rows:
+            refuse_packed(row)
+        if not rows or not isinstance(self.data_collator, SleepCollator):
+            return
+        if not all("labels" in row for row in rows):
+            raise ValueError(
+                "train_dataset has rows without labels: add a labels column, for next-token loss on everything a copy "
+                "of input_ids"
+            )
+        if bool((self.data_collator(rows)["labels"] == IGNORED).all()):
+            raise ValueError(
+                f"train_dataset: none of the first {len(rows)} rows has a label to train on. Labels are those of "
+                "input_ids at the same place, -100 for no loss; the first token of a row cannot be predicted"
+            )
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """Whether this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
+        config, state, optimizer = (folder / name for name in ("config.json", "trainer_state.json", "optimizer.pt"))
+        if config.is_file():
+            saved = json.loads(config.read_text()).get("sleep", {})
+            for name, value in self.model.config.sleep.to_dict().items():
+                if name != "version" and saved.get(name, value) != value:
+                    raise ValueError(
+                        f"{folder} was trained with sleep.{name}={saved[name]!r}, this model has {value!r}: build the "
+                        "model as that run did, or start a new run from the checkpoint's weights"
+                    )
+        if state.is_file():
+            written = TrainerState.load_from_json(str(state)).stateful_callbacks
+            names = {kind.__name__ for kind in DuringStep.__subclasses__()}
+            theirs = {name: written[name]["args"] for name in names & written.keys()}
+            ours = {type(callback).__name__: callback.state()["args"] for callback in self._during_step()}
+            if theirs != ours:
+                raise ValueError(
+                    f"{folder} was trained with {theirs or 'no schedule'}, this run has {ours or 'none'}: pass the "
+                    "same callbacks to go on, or start a new run from the checkpoint's weights"
+                )
+        if optimizer.is_file() and self._optimizer_is_ours():
+            groups = parameter_groups(self.model, self.args.muon_learning_rate is not None)
+            ours_signature = [(kind, name, tuple(p.shape)) for kind, named in groups.items() for name, p in named]
+            check_signature(torch.load(optimizer, mmap=True, weights_only=True, map_location="cpu"), ours_signature)
+
+    # Evaluation.
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        own = self.compute_metrics, self.preprocess_logits_for_metrics
+        if own == (None, None) and isinstance(rows, Sequence | datasets.Dataset) and "difficulty" in rows[0]:
+            if "labels" not in rows[0]:
+                raise ValueError("the evaluation rows have a difficulty but no labels, so there is nothing to judge")
+            self.compute_metrics = partial(accuracy_by_difficulty, rows, self.task)
+            self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = own
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        # In order, whatever the training strategy: predictions are matched with rows by their place.
+        return None
+
+
+def first_rows(dataset: Any) -> list[Any]:
+    """A few rows to look at, of a dataset that can be begun anew; none of one that cannot."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return list(dataset.take(CHECKED_ROWS))
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return []
+    return [dataset[i] for i in range(min(CHECKED_ROWS, len(dataset)))]

@@ -1,0 +1,234 @@
+"""Small hybrids from scratch, one per seed and N, trained alike and compared: what the task recipes share."""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from run_folder import RunFolder, mean_and_spread
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
+
+from hf_sleep import SleepConfig, SleepForCausalLM
+from hf_sleep.data.task import Task
+from hf_sleep.hub import CardFacts
+from hf_sleep.training import SleepTrainer, SleepTrainingArguments
+
+
+def hybrid(
+    vocab_size: int,
+    window_size: int,
+    sleep_passes: int,
+    *,
+    layers: int = 1,
+    hidden_size: int = 64,
+    heads: int = 2,
+    block_kind: str = "gated_delta_net",
+    seed: int = 0,
+) -> SleepForCausalLM:
+    """`layers` times Llama's attention and MLP, then a fast-weight block without an MLP; all of them loop in sleep.
+
+    Args:
+        vocab_size: of the task.
+        window_size: L, in tokens.
+        sleep_passes: N.
+        layers: attention layers; as many blocks.
+        hidden_size: C; the MLP is 2 C wide.
+        heads: of attention and of each block, with K = V = C / heads.
+        block_kind: `"gated_delta_net"` or `"jet"`.
+        seed: of the weights.
+    """
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max(512, 2 * window_size),
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    sleep = SleepConfig(
+        window_size=window_size,
+        sleep_passes=sleep_passes,
+        block_kind=block_kind,
+        block_layers=tuple(range(layers)),
+        block_num_heads=heads,
+        block_head_dim=hidden_size // heads,
+        block_expand_v=1.0,
+    )
+    model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep)
+    initialise(model)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: SleepForCausalLM) -> None:
+    """Weights for training from nothing, where a block need not start at zero.
+
+    Matrices get a standard deviation of 0.7 / sqrt(inputs), those that write to the residual stream half of that, the
+    embedding 0.5, the head 0.02; the fast weights decay slowly at first (A uniform in [0.02, 0.2]).
+    """
+    for name, parameter in model.named_parameters():
+        if "conv" in name:
+            continue
+        if name.endswith("A_log"):
+            parameter.uniform_(0.02, 0.2).log_()
+        elif name.endswith("dt_bias"):
+            parameter.zero_()
+        elif "embed_tokens" in name:
+            parameter.normal_(std=0.5)
+        elif "lm_head" in name:
+            parameter.normal_(std=0.02)
+        elif parameter.ndim == 2:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(std=(0.35 if writes else 0.7) / math.sqrt(parameter.shape[1]))
+
+
+def argument_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments of all task recipes, with a recipe's own defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sleep-passes", type=int, nargs="+", default=[1, 2, 3], help="N of each model")
+    parser.add_argument("--eval-passes", type=int, nargs="*", default=[], help="evaluate each model at these N too")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--layers", type=int, default=1, help="attention layers, each with a block behind it")
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--block-kind", choices=("gated_delta_net", "jet"), default="gated_delta_net")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW, for all that Muon does not take")
+    parser.add_argument("--test-rows", type=int, default=1024)
+    parser.add_argument("--evaluations", type=int, default=8, help="during each training")
+    parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
+    parser.add_argument("--output", type=Path, required="output" not in defaults)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], arguments: list[str] | None) -> Any:
+    """Parse `arguments`; a preset's values stand where none is given."""
+    chosen = parser.parse_known_args(arguments)[0].preset
+    parser.set_defaults(**presets.get(chosen, {}))
+    return parser.parse_args(arguments)
+
+
+class ProgressLine(TrainerCallback):
+    """Prints a line per evaluation: where training is, and accuracy by difficulty."""
+
+    def __init__(self, label: str, difficulty: str):
+        self.label, self.difficulty, self.began = label, difficulty, time.monotonic()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        scores = "  ".join(f"{self.difficulty}={d} {score:.2f}" for d, score in by_difficulty(metrics).items())
+        seconds = time.monotonic() - self.began
+        print(f"{self.label}  step {state.global_step:>5}/{state.max_steps}  {seconds:4.0f} s  {scores}", flush=True)
+
+
+class Tagged(TrainerCallback):
+    """Writes a model's logs to the run's metrics under its name."""
+
+    def __init__(self, run: RunFolder, name: str):
+        self.run, self.name = run, name
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.run.record(model=self.name, step=state.global_step, **logs)
+
+
+def by_difficulty(metrics: dict[str, float]) -> dict[int, float]:
+    """Accuracy by difficulty out of what `SleepTrainer.evaluate` returns."""
+    prefix = "eval_accuracy_"
+    return {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def train(options: argparse.Namespace, task: Task, passes: int, seed: int, run: RunFolder, difficulty: str) -> dict:
+    """One model: its accuracy by difficulty, at its own N and at the others asked for, and the seconds it took."""
+    shape = {name: getattr(options, name) for name in ("layers", "hidden_size", "heads", "block_kind")}
+    model = hybrid(task.vocab_size, task.window_size, passes, **shape, seed=seed)
+    name = f"N{passes}-seed{seed}"
+    arguments = SleepTrainingArguments(
+        output_dir=str(run.path / name),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        muon_learning_rate=options.muon_learning_rate,
+        learning_rate=options.learning_rate,
+        weight_decay=0.0,
+        warmup_steps=50,
+        lr_scheduler_kwargs={"num_decay_steps": int(0.4 * options.steps)},
+        eval_strategy="steps",
+        eval_steps=max(1, options.steps // options.evaluations),
+        logging_steps=max(1, options.steps // 20),
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+    trainer = SleepTrainer(
+        model,
+        arguments,
+        train_dataset=task.stream(seed=seed),
+        eval_dataset=task.dataset(options.test_rows, seed=1, split="test"),
+        task=task,
+        callbacks=[ProgressLine(f"N = {passes}, seed {seed}", difficulty), Tagged(run, name)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    scores = {passes: by_difficulty(trainer.evaluate())}
+    for other in options.eval_passes:
+        model.config.sleep.sleep_passes = other
+        scores[other] = by_difficulty(trainer.evaluate())
+    model.config.sleep.sleep_passes = passes
+    rows = {"task": type(task).__name__, "n": options.test_rows}
+    metrics = [
+        rows | {"difficulty": d, "N": n, "accuracy": score, "chance": task.chance(d)}
+        for n, accuracy in scores.items()
+        for d, score in accuracy.items()
+    ]
+    model.card = CardFacts(f"{task}, {options.steps} steps of {options.batch_size} rows.", metrics)
+    model.save_pretrained(run.path / name)
+    return {"sleep_passes": passes, "seed": seed, "seconds": seconds, "accuracy": scores}
+
+
+def table(results: list[dict], task: Task, difficulty: str) -> str:
+    """Markdown: accuracy by difficulty at each model's own N, and the seconds it took; mean±deviation over seeds."""
+    levels = list(task.difficulties)
+    lines = ["| N | seconds | " + " | ".join(f"{difficulty}={d}" for d in levels) + " |"]
+    lines.append("|---" * (2 + len(levels)) + "|")
+    for passes in sorted({result["sleep_passes"] for result in results}):
+        mine = [result for result in results if result["sleep_passes"] == passes]
+        seconds = sum(result["seconds"] for result in mine) / len(mine)
+        cells = [mean_and_spread([result["accuracy"][passes][d] for result in mine]) for d in levels]
+        lines.append(f"| {passes} | {seconds:.0f} | " + " | ".join(cells) + " |")
+    lines.append(f"| chance | | {' | '.join(f'{task.chance(d):.2f}' for d in levels)} |")
+    return "\n".join(lines)
+
+
+def compare(options: argparse.Namespace, task: Task, difficulty: str) -> list[dict]:
+    """Train a model per seed and N; print and write a table, a plot and every model."""
+    torch.set_num_threads(options.threads)
+    run = RunFolder(options.output, vars(options))
+    results: list[dict] = []
+    for seed in options.seeds:
+        for passes in options.sleep_passes:
+            results.append(train(options, task, passes, seed, run, difficulty))
+            (run.path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    scores: dict[str, dict[int, list[float]]] = {}
+    for result in results:
+        line = scores.setdefault(f"N = {result['sleep_passes']}", {})
+        for level, score in result["accuracy"][result["sleep_passes"]].items():
+            line.setdefault(level, []).append(score)
+    plot = run.plot(scores, {d: task.chance(d) for d in task.difficulties}, difficulty)
+    print(f"\n{table(results, task, difficulty)}\n\n{plot}")
+    return results

@@ -1,0 +1,91 @@
+"""What every recipe leaves behind: a folder with config.json, metrics.jsonl, accuracy.png and a model card."""
+
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from transformers import TrainerCallback
+
+import hf_sleep
+
+plt.switch_backend("agg")
+
+
+class RunFolder(TrainerCallback):
+    """A run's folder; as a callback of the Trainer it writes down all that is logged.
+
+    Args:
+        path: made where missing.
+        settings: what the run was started with, for config.json.
+        resume: go on in a folder that another run has written to.
+
+    Raises:
+        SystemExit: a folder that holds a run, without `resume`, or one of a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool = False):
+        self.path, self.metrics, self.began = path, path / "metrics.jsonl", time.monotonic()
+        config = path / "config.json"
+        settings = json.loads(json.dumps(settings, default=str))
+        if config.exists():
+            if not resume:
+                raise SystemExit(f"{path} holds a run already: choose another --output, or go on with --resume")
+            before = json.loads(config.read_text())["settings"]
+            if changed := {
+                key: (before.get(key), settings[key]) for key in settings if before.get(key) != settings[key]
+            }:
+                raise SystemExit(f"{path} was begun with other settings, {changed} (then, now): use a new --output")
+        path.mkdir(parents=True, exist_ok=True)
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, hf_sleep)}
+        versions["python"] = platform.python_version()
+        written = {"settings": settings, "versions": versions, "threads": torch.get_num_threads()}
+        config.write_text(json.dumps(written, indent=1) + "\n")
+
+    def record(self, **row: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            seconds = round(time.monotonic() - self.began, 1)
+            self.record(step=state.global_step, seconds=seconds, **logs)
+
+    def plot(self, scores: dict[str, dict[int, list[float]]], chance: dict[int, float], difficulty: str) -> Path:
+        """Accuracy by difficulty, a line per model with the range over its seeds, and chance.
+
+        Args:
+            scores: by label and difficulty, the accuracy of every seed.
+            chance: by difficulty.
+            difficulty: what the horizontal axis is called.
+        """
+        figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+        for label, by_difficulty in scores.items():
+            x = sorted(by_difficulty)
+            mean = [sum(by_difficulty[d]) / len(by_difficulty[d]) for d in x]
+            low = [m - min(by_difficulty[d]) for m, d in zip(mean, x, strict=True)]
+            high = [max(by_difficulty[d]) - m for m, d in zip(mean, x, strict=True)]
+            axes.errorbar(x, mean, yerr=(low, high), marker="o", capsize=3, label=label)
+        x = sorted(chance)
+        axes.plot(x, [chance[d] for d in x], "k:", label="chance")
+        axes.set(xlabel=difficulty, ylabel="exact-match accuracy", ylim=(-0.02, 1.02), xticks=x)
+        axes.legend(fontsize=8)
+        file = self.path / "accuracy.png"
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+        return file
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """`.98`, or with several seeds `.98±.01`: mean and sample standard deviation."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.2f}±{spread:.2f}"

@@ -1,0 +1,496 @@
+"""Callbacks: what each changes for a step and takes back, what each measures, and when each stops a run."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import make_model, sleep_config, tokens
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_sleep import SleepCache
+from hf_sleep.data.khop import KHop
+from hf_sleep.data.rule110 import Rule110
+from hf_sleep.layers.recurrence import GatedDeltaMixer
+from hf_sleep.training import (
+    GenerationEvaluation,
+    HardEvictionWarmup,
+    MuonAdamW,
+    NonFiniteGuard,
+    SleepCollator,
+    SleepMonitor,
+    SleepPassesSchedule,
+    SleepTrainer,
+    SleepTrainingArguments,
+)
+from hf_sleep.training import callbacks as callbacks_module
+from hf_sleep.training.callbacks import gates
+
+TASK = Rule110(width=6, steps=1, num_strings=2)
+QUIET = {
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+}
+
+
+def tiny(family="llama", **fields):
+    return make_model(family, sleep_config(family, **fields))
+
+
+def trainer_of(path, model=None, callbacks=(), plain=False, rows=None, eval_dataset=None, **fields):
+    kind, arguments = (Trainer, TrainingArguments) if plain else (SleepTrainer, SleepTrainingArguments)
+    return kind(
+        tiny() if model is None else model,
+        arguments(path, **QUIET | {"max_steps": 4} | fields),
+        SleepCollator(),
+        train_dataset=TASK.dataset(32) if rows is None else rows,
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+class Seen(TrainerCallback):
+    """What the model was in every training forward, and in every evaluation and saving."""
+
+    def __init__(self):
+        self.forward, self.outside = [], []
+
+    @staticmethod
+    def look(model):
+        frozen = sum(not p.requires_grad for p in model.parameters())
+        return model.config.sleep.sleep_passes, model.config.sleep.eviction, frozen > 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(lambda m, _: self.forward.append(self.look(m)) if m.training else None)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.outside.append(self.look(model))
+
+    on_save = on_evaluate
+
+
+# N by step.
+
+
+def test_schedules_of_n():
+    assert [SleepPassesSchedule(3).passes(step) for step in (0, 10**6)] == [3, 3]
+    up = SleepPassesSchedule(1, 4, steps=6)
+    assert [up.passes(step) for step in range(8)] == [1, 1, 2, 2, 3, 3, 4, 4]
+    down = SleepPassesSchedule(3, 1, steps=4)
+    assert [down.passes(step) for step in range(6)] == [3, 3, 2, 2, 1, 1]
+    drawn = [SleepPassesSchedule(2, 4, seed=1).passes(step) for step in range(300)]
+    assert all(80 < drawn.count(n) < 120 for n in (2, 3, 4))
+    assert drawn != [SleepPassesSchedule(2, 4, seed=2).passes(step) for step in range(300)]
+    # A function of (seed, step) alone: no generator is moved on, in whatever order it is asked.
+    torch.manual_seed(5)
+    assert drawn[::-1] == [SleepPassesSchedule(2, 4, seed=1).passes(step) for step in range(300)][::-1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0,), (1.5,), (1, 2), (1, None, 5), (1, 2, 5, 0), (3, 2, None, 0), (1, 2, 0), (1, None, None, 3)]
+)
+def test_schedules_that_cannot_work_are_refused(arguments):
+    with pytest.raises(ValueError, match="SleepPassesSchedule: "):
+        SleepPassesSchedule(*arguments)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_step_runs_with_its_n_and_the_rest_with_the_config_s(plain, tmp_path):
+    seen = Seen()
+    schedule = SleepPassesSchedule(1, 4, steps=3)
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": TASK.dataset(4), "save_strategy": "steps"}
+    fields |= {"save_steps": 2, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(tmp_path, tiny(sleep_passes=2), [seen, schedule], plain, **fields)
+    trainer.train()
+    assert [n for n, *_ in seen.forward] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert {n for n, *_ in seen.outside} == {2}
+    assert len(seen.outside) == 6
+    assert '"sleep_passes": 2' in (tmp_path / "checkpoint-2" / "config.json").read_text()
+
+
+def test_a_fixed_n_is_the_config_s_n(tmp_path):
+    scheduled = trainer_of(tmp_path, tiny(sleep_passes=2), [SleepPassesSchedule(3)])
+    configured, other = trainer_of(tmp_path, tiny(sleep_passes=3)), trainer_of(tmp_path, tiny(sleep_passes=2))
+    for trainer in (scheduled, configured, other):
+        trainer.train()
+    assert losses(scheduled) == losses(configured)
+    assert not changed(scheduled.model, weights(configured.model))
+    assert losses(scheduled) != losses(other)
+
+
+class StopHalfway(TrainerCallback):
+    """Ends training between two micro-batches, or in the middle of one, once."""
+
+    def __init__(self, interrupt):
+        self.interrupt = interrupt
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 1 and self.interrupt is not None:
+            interrupt, self.interrupt = self.interrupt, None
+            if interrupt:
+                raise KeyboardInterrupt
+            control.should_training_stop = True
+
+
+def test_with_the_plain_trainer_a_step_half_done_is_taken_back(tmp_path):
+    model = tiny(eviction="sliding", sleep_passes=2)
+    callbacks = [SleepPassesSchedule(3), HardEvictionWarmup(9)]
+    half = StopHalfway(interrupt=False)
+    trainer_of(tmp_path, model, [*callbacks, half], plain=True, gradient_accumulation_steps=2).train()
+    assert half.interrupt is None
+    assert Seen.look(model) == (2, "sliding", False)
+    trainer = trainer_of(
+        tmp_path, model, [*callbacks, StopHalfway(interrupt=True)], plain=True, gradient_accumulation_steps=2
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    # Nobody tells a plain Trainer's callback; the next training does, and the last word is the config's own.
+    assert Seen.look(model) == (3, "hard", True)
+    trainer.train()
+    assert Seen.look(model) == (2, "sliding", False)
+
+
+# Hard eviction first.
+
+MIXERS = {
+    "llama": ("fast_weights.",),
+    "ouro": ("fast_weights.",),
+    "jet_nemotron": ("fast_weights.", "lm.model.layers.0.self_attn.", "lm.model.layers.2.self_attn."),
+    "qwen3_next": ("fast_weights.", "lm.model.layers.0.linear_attn.", "lm.model.layers.2.linear_attn."),
+}
+
+
+@pytest.mark.parametrize(("family", "plain"), [*((family, False) for family in MIXERS), ("llama", True)])
+def test_first_the_fast_weights_alone_with_hard_eviction(family, plain, tmp_path):
+    model, seen = tiny(family, eviction="sliding", sleep_passes=2), Seen()
+    model.lm.model.norm.requires_grad_(False)
+    start, middle = weights(model), {}
+
+    class Middle(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 2:
+                middle["weights"] = weights(model)
+                names = {id(p): name for name, p in model.named_parameters()}
+                middle["states"] = {names[id(p)] for p in optimizer.state}
+
+    trainer = trainer_of(tmp_path, model, [seen, HardEvictionWarmup(steps=2), Middle()], plain, learning_rate=1e-2)
+    trainer.train()
+    trainable = {name for name, _ in model.named_parameters() if name.startswith(MIXERS[family])}
+    first = {name for name in start if not torch.equal(start[name], middle["weights"][name])}
+    assert first == middle["states"] == trainable
+    second = changed(model, middle["weights"])
+    # Ouro's exit gate takes no part in sleep; what was frozen before stays frozen.
+    idle = {name for name in start if "early_exit_gate" in name} | {"lm.model.norm.weight"}
+    assert second == set(start) - idle
+    assert [eviction for _, eviction, _ in seen.forward] == ["hard", "hard", "sliding", "sliding"]
+    assert model.config.sleep.eviction == "sliding"
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"lm.model.norm.weight"}
+
+
+def test_stages_by_epochs_and_between_steps_all_is_as_configured(tmp_path):
+    seen = Seen()
+    fields = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 4}
+    model = tiny(eviction="sliding")
+    warmup = HardEvictionWarmup(epochs=0.5)
+    trainer_of(tmp_path, model, [seen, warmup], rows=TASK.dataset(16), eval_dataset=TASK.dataset(4), **fields).train()
+    assert [frozen for *_, frozen in seen.forward] == [True] * 2 + [False] * 6
+    assert seen.outside == [(2, "sliding", False)] * 8
+
+
+def test_a_warm_up_with_nothing_to_train_is_refused(tmp_path):
+    model = tiny()
+    model.fast_weights.requires_grad_(False)
+    before = weights(model)
+    with pytest.raises(ValueError, match="all fast weights are frozen"):
+        trainer_of(tmp_path, model, [HardEvictionWarmup(1)]).train()
+    assert not changed(model, before)
+    for arguments in ((None, None), (2, 1.0), (0, None), (None, -1.0)):
+        with pytest.raises(ValueError, match="give one of the two, above 0"):
+            HardEvictionWarmup(*arguments)
+
+
+# What is not finite.
+
+
+def broken_gradient(model, name, calls):
+    """Breaks one parameter's gradient from its `calls`-th backward on."""
+    count = [0]
+
+    def spoil(gradient):
+        count[0] += 1
+        return gradient * math.nan if count[0] >= calls else gradient
+
+    model.get_parameter(name).register_hook(spoil)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_broken_gradient_stops_before_it_is_stepped_on(plain, tmp_path):
+    model, name = tiny(), "lm.model.layers.2.mlp.up_proj.weight"
+    broken_gradient(model, name, calls=3)
+    trainer = trainer_of(tmp_path, model, [NonFiniteGuard()], plain, save_strategy="steps", save_steps=1)
+    message = rf"in step 3: the loss is \d.*: the gradient of {name}. Last good checkpoint: {tmp_path}/checkpoint-2$"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-2")
+    assert not changed(model, weights(saved))
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_the_first_gradient_is_this_step_s_first(tmp_path):
+    """A gradient that there was none of in the first stage may still come first in the second one's backward."""
+    model = tiny(eviction="sliding")
+    broken_gradient(model, "lm.model.layers.3.mlp.down_proj.weight", calls=1)
+    broken_gradient(model, "fast_weights.0.mixer.o_proj.weight", calls=3)
+    trainer = trainer_of(tmp_path, model, [HardEvictionWarmup(2), NonFiniteGuard()])
+    with pytest.raises(FloatingPointError, match=r"step 3: .*gradient of lm.model.layers.3.mlp.down_proj.weight"):
+        trainer.train()
+
+
+def test_a_broken_loss_is_named_with_the_weight_that_broke_it(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.lm.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.inf
+
+    trainer = trainer_of(tmp_path, callbacks=[NonFiniteGuard(), Break()])
+    with pytest.raises(FloatingPointError, match=r"step 2: the loss is nan.*the weight lm.model.layers.1.mlp.up_proj"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+def test_a_broken_model_is_never_saved(strategy, tmp_path):
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.fast_weights["0"].mixer.A_log.data[0] = math.nan
+
+    fields = {"save_strategy": strategy, "save_steps": 2, "rows": TASK.dataset(8), "save_total_limit": 1}
+    if strategy == "best":
+        fields |= {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": TASK.dataset(4)}
+        fields |= {"metric_for_best_model": "loss"}
+    trainer = trainer_of(tmp_path, None, [Break(), NonFiniteGuard()], **fields)
+    with pytest.raises(FloatingPointError, match=r"step 4: .*the weight fast_weights.0.mixer.A_log.*checkpoint-2$"):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_guard_changes_nothing_else(tmp_path):
+    guarded, free = trainer_of(tmp_path, callbacks=[NonFiniteGuard()]), trainer_of(tmp_path)
+    for trainer in (guarded, free):
+        trainer.train()
+    assert losses(guarded) == losses(free)
+    assert not guarded.model._forward_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in guarded.model.parameters())
+
+
+def test_several_ranks_and_precisions_that_cannot_work_are_refused(tmp_path, monkeypatch):
+    model = tiny()
+    with pytest.raises(ValueError, match="NonFiniteGuard: with fp16=True"):
+        NonFiniteGuard().on_train_begin(SimpleNamespace(fp16=True), None, None, model=model)
+    ranks = SimpleNamespace(world_size=2, activation_checkpointing=True, ddp_find_unused_parameters=None)
+    with pytest.raises(ValueError, match="on several ranks needs ddp_find_unused_parameters=True"):
+        HardEvictionWarmup(1).on_train_begin(ranks, None, None, model=model)
+    monkeypatch.setattr(callbacks_module, "DTensor", torch.nn.Parameter)
+    trainer = trainer_of(tmp_path)
+    for callback in (HardEvictionWarmup(1), NonFiniteGuard(), SleepMonitor(trainer)):
+        with pytest.raises(ValueError, match=f"{type(callback).__name__} does not work on sharded parameters"):
+            callback.on_train_begin(trainer.args, None, None, model=model)
+
+
+# What is measured.
+
+
+def monitored(path, model, rows=None, every=1, plain=False, **fields):
+    trainer = trainer_of(path, model, plain=plain, rows=rows, **fields)
+    trainer.add_callback(SleepMonitor(trainer, every=every, rows=3))
+    trainer.train()
+    return trainer
+
+
+def measurements(trainer):
+    return [entry for entry in trainer.state.log_history if "sleep_share" in entry]
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_the_loss_by_window_is_the_loss(eviction, tmp_path):
+    rows = [{"input_ids": tokens(n, n).tolist(), "labels": tokens(n, n).tolist()} for n in (4, 14, 20, 9)]
+    model = tiny(eviction=eviction, sleep_passes=3)
+    fields = {"train_sampling_strategy": "sequential", "max_steps": 2}
+    measured = measurements(monitored(tmp_path, model, rows, **fields))[-1]
+    batch = SleepCollator("left")(rows[:3])
+    with torch.no_grad():
+        whole = model.eval()(**batch).loss
+    counts = [3 + 6 + 6, 6 + 6, 1 + 6, 1]
+    by_window = [measured[f"loss_window_{i + 1}"] for i in range(4)]
+    mean = sum(loss * count for loss, count in zip(by_window, counts, strict=True)) / sum(counts)
+    assert mean == pytest.approx(whole.item(), rel=1e-5)
+    assert len(set(by_window)) == 4
+    assert "loss_window_5" not in measured
+
+
+def test_the_state_and_the_gates_are_the_model_s(tmp_path):
+    model = tiny(sleep_passes=2, block_kind="gated_delta_net")
+    for mixer in (module for module in model.modules() if isinstance(module, GatedDeltaMixer)):
+        mixer.b_proj.weight.data.zero_()
+        mixer.a_proj.weight.data.zero_()
+        mixer.A_log.data.fill_(0.0)
+        mixer.dt_bias.data.fill_(0.5)
+        mixer.requires_grad_(False)
+    trainer = monitored(tmp_path, model, max_steps=1, train_sampling_strategy="sequential", learning_rate=0.0)
+    measured = measurements(trainer)[0]
+    assert measured["mean_beta"] == 0.5
+    assert measured["mean_decay"] == pytest.approx(math.exp(-math.log1p(math.exp(0.5))), rel=1e-6)
+    cache, rows = SleepCache(), torch.tensor(TASK.dataset(3)["input_ids"])
+    with torch.no_grad():
+        model.eval()(rows, past_key_values=cache)
+    states = torch.stack([cache.tensors.layers[slot][0] for slot in sorted(cache.fast_slots)])
+    assert measured["fast_weight_norm"] == pytest.approx(states.norm(dim=(-2, -1)).mean().item(), rel=1e-4)
+    spectrum = torch.linalg.svdvals(states)
+    share = spectrum / spectrum.sum(-1, keepdim=True)
+    rank = (-(share * share.clamp(min=1e-30).log()).sum(-1)).exp().mean().item()
+    assert measured["fast_weight_rank"] == pytest.approx(rank, rel=1e-4)
+    assert 1 < rank < 8
+
+
+def test_pads_are_no_part_of_the_gates():
+    model, rows = tiny(), [{"input_ids": tokens(n, n).tolist()} for n in (20, 8)]
+    sums = []
+    for batch in ([rows[0]], [rows[1]], rows):
+        with gates(model) as found, torch.no_grad():
+            model(**SleepCollator()(batch))
+        sums.append(found)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    for name, (total, count) in sums[2].items():
+        assert total == pytest.approx(sums[0][name][0] + sums[1][name][0], rel=1e-5)
+        # Two layers of two heads; N = 2 reads each full window twice.
+        assert count == sums[0][name][1] + sums[1][name][1] == 4 * (20 + 18 + 8 + 6)
+
+
+def test_more_passes_are_more_of_the_time(tmp_path):
+    shares = []
+    for passes in (1, 8):
+        trainer = monitored(tmp_path, tiny(sleep_passes=passes), max_steps=5)
+        shares.append(sorted(entry["sleep_share"] for entry in measurements(trainer))[2])
+        assert all(entry["sleep_seconds"] > 0 for entry in measurements(trainer))
+    assert shares[0] < 0.3 < 0.6 < shares[1] < 1
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_monitor_reports_now_and_then_and_changes_nothing(plain, tmp_path):
+    class Reported(TrainerCallback):
+        steps = ()
+
+        def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+            if "fast_weight_norm" in logs:
+                assert model.training
+                self.steps = (*self.steps, state.global_step)
+
+    free = trainer_of(tmp_path, tiny(), plain=plain, max_steps=7)
+    free.train()
+    watched, reported = trainer_of(tmp_path, tiny(), plain=plain, max_steps=7), Reported()
+    watched.add_callback(reported)
+    watched.add_callback(SleepMonitor(watched, every=3))
+    watched.train()
+    assert reported.steps == (3, 6)
+    assert losses(watched) == losses(free)
+    assert not changed(watched.model, weights(free.model))
+    assert not watched.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["jet_nemotron", "qwen3_next", "ouro"])
+def test_the_monitor_knows_every_kind_of_fast_weight(family, tmp_path):
+    measured = measurements(monitored(tmp_path, tiny(family), max_steps=1))[0]
+    assert all(math.isfinite(value) for value in measured.values())
+    assert 0 < measured["mean_decay"] < 1
+    assert measured["fast_weight_rank"] > 1
+
+
+# Generated answers.
+
+
+def answered(model, rows, passes):
+    """The naive twin: one row at a time, token by token from the whole text."""
+    right = {}
+    for row in rows:
+        first = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        ids, answer = list(row["input_ids"][:first]), [label for label in row["labels"] if label != -100]
+        for _ in answer:
+            with torch.no_grad():
+                ids.append(model.eval()(torch.tensor([ids]), sleep_passes=passes).logits[0, -1].argmax().item())
+        right.setdefault(row["difficulty"], []).append(ids[first:] == answer)
+    return {difficulty: sum(hits) / len(hits) for difficulty, hits in right.items()}
+
+
+def test_generated_answers_by_difficulty_and_n(tmp_path):
+    model, rows = tiny(sleep_passes=2), []
+    for i, length in enumerate((5, 17, 11, 8, 14, 13)):
+        prompt = tokens(length, seed=i)[None]
+        passes = (2, 4)[i // 3]
+        answer = model.generate(prompt, max_new_tokens=2 + i % 2, sleep_passes=passes)[0, length:].tolist()
+        if i == 1:
+            answer[-1] = (answer[-1] + 1) % 61
+        ids = prompt[0].tolist() + answer
+        rows.append({"input_ids": ids, "labels": [-100] * length + answer, "difficulty": i % 3})
+    twins = {passes: answered(model, rows, passes) for passes in (2, 4)}
+    assert twins[2] != twins[4]
+    assert all(0 < sum(twin.values()) < 3 for twin in twins.values())
+    trainer = trainer_of(tmp_path, model, eval_dataset=TASK.dataset(4))
+    trainer.add_callback(GenerationEvaluation(trainer, rows, (2, 4), batch_size=4))
+    metrics = trainer.evaluate()
+    for passes, twin in twins.items():
+        for difficulty, score in twin.items():
+            assert metrics[f"eval_generate_accuracy_{difficulty}_passes_{passes}"] == score
+        assert metrics[f"eval_generate_accuracy_passes_{passes}"] == pytest.approx(sum(twin.values()) / 3)
+    assert trainer.state.log_history[-1]["eval_generate_accuracy_passes_4"] == sum(twins[4].values()) / 3
+    assert model.config.sleep.sleep_passes == 2
+
+
+def test_a_row_may_bring_its_prompt(tmp_path):
+    model = tiny()
+    answer = model.generate(tokens(9)[None], max_new_tokens=3)[0, 9:].tolist()
+    row = {"prompt_ids": tokens(9).tolist(), "labels": answer, "difficulty": 5}
+    trainer = trainer_of(tmp_path, model, eval_dataset=TASK.dataset(4), plain=True)
+    trainer.add_callback(GenerationEvaluation(trainer, [row], (2,)))
+    assert trainer.evaluate()["eval_generate_accuracy_5_passes_2"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [1, 2, 3], "labels": [-100] * 3},
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3]},
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4]},
+        KHop(num_nodes=5, hops=(1,)).example(0),
+    ],
+)
+def test_rows_that_no_text_can_answer_are_refused(row, tmp_path):
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(ValueError, match="labels must be one answer, token after token"):
+        GenerationEvaluation(trainer, [{"difficulty": 1} | row], (1,))
+
+
+def test_the_best_model_may_be_chosen_by_what_it_generates(tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": TASK.dataset(4), "save_strategy": "best"}
+    fields |= {"metric_for_best_model": "generate_accuracy_passes_2", "greater_is_better": True}
+    trainer = trainer_of(tmp_path, **fields)
+    trainer.add_callback(GenerationEvaluation(trainer, TASK.dataset(4), (2,)))
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    assert isinstance(trainer.optimizer.optimizer, MuonAdamW)

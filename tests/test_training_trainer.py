@@ -1,0 +1,487 @@
+"""SleepTrainer: what its arguments change, evaluation by difficulty, resuming to the last digit, what it refuses."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from families import make_base, make_model, sleep_config, tokens
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+from hf_sleep import SleepForCausalLM
+from hf_sleep.data.depo import Depo
+from hf_sleep.data.khop import KHop
+from hf_sleep.data.rule110 import Rule110
+from hf_sleep.training import (
+    HardEvictionWarmup,
+    MuonAdamW,
+    SleepCollator,
+    SleepPassesSchedule,
+    SleepTrainer,
+    SleepTrainingArguments,
+    parameter_groups,
+)
+from hf_sleep.training import trainer as trainer_module
+from hf_sleep.training.evaluation import accuracy_by_difficulty
+
+TASK = Rule110(width=6, steps=1, num_strings=3)
+KHOP = KHop(num_nodes=5, hops=(1, 2, 3), num_queries=3)
+QUIET = {
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+}
+
+
+def tiny(seed=0, trained=True, **fields):
+    return make_model("llama", sleep_config("llama", **fields), trained=trained, seed=seed)
+
+
+def arguments(path, **fields):
+    return SleepTrainingArguments(path, **QUIET | fields)
+
+
+def trainer_of(path, model=None, rows=None, callbacks=None, eval_dataset=None, task=None, collator=None, **fields):
+    return SleepTrainer(
+        tiny() if model is None else model,
+        arguments(path, **{"max_steps": 3} | fields),
+        collator,
+        train_dataset=TASK.dataset(32) if rows is None else rows,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        task=task,
+    )
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+def trained(path, **fields):
+    trainer = trainer_of(path, **fields)
+    trainer.train()
+    return weights(trainer.model)
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """The weights after three steps with the default arguments."""
+    return trained(tmp_path_factory.mktemp("default"))
+
+
+# It trains.
+
+
+def test_it_learns_through_sleep_and_muon_is_not_adamw(tmp_path):
+    """The bits are evicted before the answer is asked for: without memory the loss stays above 0.66."""
+    task, losses = Rule110(width=6, steps=1, num_strings=1), {}
+    for rate in (1e-2, None):
+        trainer = trainer_of(
+            tmp_path,
+            tiny(trained=False),
+            task.dataset(512),
+            max_steps=60,
+            per_device_train_batch_size=32,
+            learning_rate=3e-3,
+            muon_learning_rate=rate,
+        )
+        before = weights(trainer.model)
+        trainer.train()
+        losses[rate] = logged(trainer)
+        assert isinstance(trainer.optimizer.optimizer, MuonAdamW)
+        assert all(tensor.ne(before[name]).any() for name, tensor in trainer.model.state_dict().items())
+        assert np.mean(losses[rate][-10:]) < 0.2 < 3 < losses[rate][0]
+    assert losses[1e-2][0] == losses[None][0]
+    assert losses[1e-2][-1] != losses[None][-1]
+
+
+def test_the_plain_trainer_takes_the_optimizer_and_the_collator(tmp_path):
+    plain = TrainingArguments(tmp_path, max_steps=3, **QUIET)
+    model = tiny()
+    trainer = Trainer(
+        model,
+        plain,
+        data_collator=SleepCollator(),
+        train_dataset=TASK.dataset(32),
+        optimizers=(MuonAdamW(parameter_groups(model), fused=True), None),
+    )
+    trainer.train()
+    same_settings = {"adam_beta2": 0.95, "lr_scheduler_type": "linear", "warmup_steps": 0}
+    assert same(weights(model), trained(tmp_path, **same_settings))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"muon_learning_rate": 5e-3},
+        {"muon_learning_rate": None},
+        {"learning_rate": 1e-3},
+        {"weight_decay": 0.5},
+        {"adam_beta2": 0.5},
+        {"max_grad_norm": 1e-3},
+        {"lr_scheduler_type": "constant"},
+    ],
+)
+def test_an_argument_changes_the_result(fields, default, tmp_path):
+    assert not same(default, trained(tmp_path, **fields))
+
+
+def test_backpropagation_through_all_windows_is_the_full_one(default, tmp_path):
+    windows = TASK.num_strings + 1
+    assert same(default, trained(tmp_path, backprop_windows=windows))
+    assert not same(default, trained(tmp_path, backprop_windows=windows - 1))
+
+
+def test_checkpointing_is_the_model_s_own_and_invisible(default, tmp_path):
+    trainer = trainer_of(tmp_path, activation_checkpointing=True)
+    trainer.train()
+    assert trainer.model.gradient_checkpointing
+    assert not trainer.model.lm.model.gradient_checkpointing
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, default[name], rtol=0, atol=2e-5)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=40, learning_rate=1.0, per_device_train_batch_size=1)
+    trainer.create_optimizer_and_scheduler(40)
+    rates = {kind: [] for kind in ("adamw", "muon")}
+    for _ in range(40):
+        for group in trainer.optimizer.param_groups:
+            if group["kind"] in rates:
+                rates[group["kind"]].append(group["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    # Two steps of warm-up, four of decay; Muon's rate has the same shape.
+    assert rates["adamw"][:3] == [0.0, 0.5, 1.0]
+    assert rates["adamw"][2:37] == [1.0] * 35
+    assert rates["adamw"][36:] == sorted(rates["adamw"][36:], reverse=True)
+    assert 0 < rates["adamw"][-1] < 0.2
+    assert rates["muon"] == [1e-3 * rate for rate in rates["adamw"]]
+    assert trainer.args.lr_scheduler_kwargs is None  # another train() with other steps has its own last tenth
+    longer = trainer_of(tmp_path, lr_scheduler_kwargs={"num_decay_steps": 20, "min_lr_ratio": 0.5})
+    longer.create_optimizer_and_scheduler(40)
+    assert longer.lr_scheduler.lr_lambdas[0](30) < 1.0
+    assert longer.lr_scheduler.lr_lambdas[0](40) == 0.5
+    assert longer.args.lr_scheduler_kwargs == {"num_decay_steps": 20, "min_lr_ratio": 0.5}
+
+
+def test_the_logs_count_real_tokens(tmp_path):
+    rows = Dataset.from_list([{"input_ids": tokens(n).tolist(), "labels": tokens(n).tolist()} for n in (3, 20, 8, 14)])
+    trainer = trainer_of(tmp_path, rows=rows, max_steps=2)
+    trainer.train()
+    assert logged(trainer, "num_input_tokens_seen")[:2] == [45, 90]
+    assert all(speed > 0 for speed in logged(trainer, "train_tokens_per_second")[:2])
+
+
+def test_the_arguments_come_from_a_command_line():
+    parser = HfArgumentParser(SleepTrainingArguments)
+    (parsed,) = parser.parse_args_into_dataclasses(["--muon_learning_rate", "2e-3", "--backprop_windows", "4"])
+    assert (parsed.muon_learning_rate, parsed.backprop_windows) == (2e-3, 4)
+    (default,) = parser.parse_args_into_dataclasses([])
+    assert (default.muon_learning_rate, default.backprop_windows) == (1e-3, None)
+    assert (default.learning_rate, default.adam_beta1, default.adam_beta2) == (5e-5, 0.9, 0.95)
+    assert (default.weight_decay, default.max_grad_norm) == (1e-4, 1.0)
+
+
+def test_a_step_without_labels_does_not_break_the_others(tmp_path):
+    rows = TASK.dataset(3).to_list()
+    rows[1]["labels"] = [-100] * TASK.length
+    ordered = {"rows": rows, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+    trainer = trainer_of(tmp_path, **ordered, logging_nan_inf_filter=False)
+    trainer.train()
+    losses = logged(trainer)
+    assert losses[1] == 0.0
+    assert losses[0] > 0 < losses[2]
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+def test_rows_may_be_longer_than_the_base_can_address(tmp_path):
+    """Windows bound positions, so a row's length has no limit: here the base has 8 positions, a row 40 tokens."""
+    base = make_base("llama")
+    base.config.max_position_embeddings = 8
+    model = SleepForCausalLM.from_base(base, sleep_config("llama", window_size=6, sleep_passes=2))
+    ids = tokens(40).tolist()
+    trainer = trainer_of(tmp_path, model, [{"input_ids": ids, "labels": ids}] * 4)
+    trainer.train()
+    assert logged(trainer)[0] > logged(trainer)[-1] > 0
+
+
+# Evaluation by difficulty.
+
+
+def judged(model, task, rows):
+    """The naive twin: row by row, as `Task.score` says."""
+    right = {}
+    for row in rows:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0]
+        for difficulty, hit in task.score(logits.argmax(-1).tolist(), row):
+            right.setdefault(difficulty, []).append(hit)
+    return {difficulty: sum(hits) / len(hits) for difficulty, hits in right.items()}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_accuracy_by_difficulty_is_the_task_s(side, tmp_path):
+    rows = KHOP.dataset(50, split="test")
+    model = tiny(window_size=KHOP.window_size)
+    fields = {"eval_dataset": rows, "task": KHOP, "per_device_eval_batch_size": 8, "rows": KHOP.dataset(64)}
+    trainer = trainer_of(
+        tmp_path,
+        model,
+        **fields,
+        collator=SleepCollator(side),
+        max_steps=30,
+        learning_rate=1e-2,
+        muon_learning_rate=1e-2,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    twin = judged(model, KHOP, rows)
+    assert twin.keys() == set(KHOP.hops)
+    assert any(0 < score < 1 for score in twin.values())
+    for hop, score in twin.items():
+        assert metrics[f"eval_accuracy_{hop}"] == score
+        assert metrics[f"eval_chance_{hop}"] == KHOP.chance(hop)
+    assert metrics["eval_accuracy"] == pytest.approx(np.mean(list(twin.values())))
+    assert metrics["eval_chance"] == KHOP.chance(1)
+    assert metrics["eval_accuracy"] in logged(trainer, "eval_accuracy")
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_rows_of_different_lengths_keep_their_difficulty(strategy, tmp_path):
+    """Row i is right exactly where its difficulty is odd, whatever the order in which lengths would be grouped."""
+    model, rows = tiny(), []
+    for i, length in enumerate((9, 4, 15, 6, 12, 8)):
+        ids = tokens(length, seed=i).tolist()
+        with torch.no_grad():
+            best = model.eval()(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        labels = [-100] * (length - 2) + best[-3:-1]
+        if i % 2 == 0:
+            labels[-1] = (labels[-1] + 1) % 61
+        rows.append({"input_ids": ids, "labels": labels, "difficulty": i})
+    rows = Dataset.from_list(rows)
+    fields = {"eval_dataset": rows, "per_device_eval_batch_size": 2, "train_sampling_strategy": strategy}
+    metrics = trainer_of(tmp_path, model, **fields).evaluate()
+    assert [metrics[f"eval_accuracy_{i}"] for i in range(6)] == [0, 1, 0, 1, 0, 1]
+    assert metrics["eval_accuracy"] == 0.5
+    assert not any("chance" in name for name in metrics)
+
+
+def test_a_row_may_hold_several_answers_of_their_own_difficulty():
+    task = Depo(max_nodes=6, max_hops=4, num_queries=4, pad_context=False)
+    rows = task.dataset(8, split="test")
+    width = max(len(row["labels"]) for row in rows)
+    labels = np.full((8, width), -100)
+    for i, row in enumerate(rows):
+        labels[i, width - len(row["labels"]) :] = row["labels"]
+    predicted = np.roll(labels, -1, axis=1)
+    wrong = predicted.copy()
+    wrong[:, np.flatnonzero(predicted[0] != -100)[0]] = 0  # the first query's first token, where row 0 has it
+    for guess, most in ((predicted, 1.0), (wrong, 0.999)):
+        metrics = accuracy_by_difficulty(rows, task, SimpleNamespace(predictions=guess, label_ids=labels))
+        right = {}
+        for i, row in enumerate(rows):
+            said = guess[i, width - len(row["labels"]) :].tolist()
+            for hop, hit in task.score(said, row):
+                right.setdefault(hop, []).append(hit)
+        assert {f"accuracy_{hop}": sum(hits) / len(hits) for hop, hits in right.items()}.items() <= metrics.items()
+        assert metrics["accuracy"] <= most
+        assert metrics["chance_1"] == 1 / 5
+    shifted = np.roll(labels, -np.flatnonzero(labels[0] != -100)[0], axis=1)
+    for others in (labels[::-1], shifted):
+        with pytest.raises(ValueError, match="not those of the dataset's rows"):
+            accuracy_by_difficulty(rows, task, SimpleNamespace(predictions=predicted, label_ids=others))
+
+
+def test_only_ids_are_kept_and_named_datasets_work(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(rows, task, predictions):
+        seen.append((len(rows), predictions.predictions.shape))
+        return {}
+
+    monkeypatch.setattr(trainer_module, "accuracy_by_difficulty", spy)
+    sets = {"easy": TASK.dataset(6), "hard": TASK.dataset(4, seed=1)}
+    metrics = trainer_of(tmp_path, eval_dataset=sets, per_device_eval_batch_size=4).evaluate()
+    assert seen == [(6, (6, TASK.length)), (4, (4, TASK.length))]
+    assert {"eval_easy_loss", "eval_hard_loss"} <= metrics.keys()
+
+
+def test_metrics_of_one_s_own_stay_one_s_own(tmp_path):
+    trainer = trainer_of(tmp_path, eval_dataset=TASK.dataset(4))
+    trainer.compute_metrics = lambda prediction: {"shape": prediction.predictions.shape[-1]}
+    metrics = trainer.evaluate()
+    assert metrics["eval_shape"] == 61
+    assert "eval_accuracy" not in metrics
+
+
+def test_a_difficulty_without_labels_is_refused(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "difficulty": 1}])
+    with pytest.raises(ValueError, match="a difficulty but no labels"):
+        trainer_of(tmp_path, eval_dataset=rows).evaluate()
+
+
+# Resuming.
+
+
+class Draws(TrainerCallback):
+    """Draws from every generator that training may use, so that their states must be restored too."""
+
+    def __init__(self):
+        self.drawn = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.drawn[state.global_step] = (torch.rand(()).item(), np.random.rand())
+
+
+def resumable(path, seed, **fields):
+    """9 steps over 2 epochs and a half of ragged rows, with dropout, a drawn N and both stages of the warm-up."""
+    rows = [{"input_ids": tokens(9 + i).tolist(), "labels": tokens(9 + i).tolist()} for i in range(15)]
+    model = tiny(seed, eviction="sliding", sleep_passes=2)
+    for layer in model.lm.model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    callbacks = [SleepPassesSchedule(1, 3, seed=7), HardEvictionWarmup(**fields or {"steps": 5}), Draws()]
+    settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "muon_learning_rate": 1e-2}
+    return trainer_of(path, model, Dataset.from_list(rows), callbacks, **settings)
+
+
+@pytest.mark.parametrize("warmup", [{"steps": 5}, {"epochs": 1.5}])
+def test_a_resumed_run_is_the_uninterrupted_one(warmup, tmp_path):
+    whole = resumable(tmp_path / "whole", seed=0, **warmup)
+    whole.train()
+    losses, end = logged(whole), weights(whole.model)
+    assert len(set(losses)) == 9
+    # In the first stage, at its end, in the second stage; within an epoch and at its end (4 steps).
+    for step in (2, 4, 5, 7):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        resumed = resumable(folder, seed=5, **warmup)
+        assert not same(weights(resumed.model), end)
+        resumed.train(resume_from_checkpoint=True)
+        assert logged(resumed) == losses
+        assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
+        assert logged(resumed, "grad_norm") == logged(whole, "grad_norm")
+        assert same(weights(resumed.model), end)
+        drawn = [trainer.callback_handler.callbacks[-2].drawn for trainer in (resumed, whole)]
+        assert drawn[0] == {s: pair for s, pair in drawn[1].items() if s > step}
+
+
+def checkpointed(path):
+    """A run of two steps, and where its checkpoint is."""
+    trainer = trainer_of(path, callbacks=[SleepPassesSchedule(1, 2, steps=2)], max_steps=2, save_strategy="steps")
+    trainer.train()
+    return str(path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        pytest.param({"model": {"window_size": 7}}, r"sleep.window_size=6, this model has 7", id="window"),
+        pytest.param(
+            {"model": {"eviction": "sliding"}}, r"sleep.eviction='hard', this model has 'sliding'", id="evict"
+        ),
+        pytest.param({"model": {"loop_layers": (1, 3)}}, r"loop_layers=\[0, 4\], this model has \[1, 3\]", id="loop"),
+        pytest.param({"callbacks": []}, r"'first': 1, .* this run has none", id="no schedule"),
+        pytest.param({"callbacks": [SleepPassesSchedule(1, 3, steps=2)]}, r"'last': 2, .*'last': 3", id="schedule"),
+        pytest.param(
+            {"callbacks": [SleepPassesSchedule(1, 2, steps=2), HardEvictionWarmup(1)]},
+            "HardEvictionWarmup",
+            id="warmup",
+        ),
+        pytest.param({"muon_learning_rate": None}, "the same muon_learning_rate or None", id="optimizer"),
+        pytest.param({"frozen": True}, "freeze its parameters as in the run", id="frozen"),
+    ],
+)
+def test_another_run_s_checkpoint_is_refused_before_anything_changes(fields, message, tmp_path):
+    folder = checkpointed(tmp_path / "first")
+    fields = {"callbacks": [SleepPassesSchedule(1, 2, steps=2)]} | fields
+    model = tiny(3, **fields.pop("model", {}))
+    model.lm.model.embed_tokens.requires_grad_(not fields.pop("frozen", False))
+    trainer = trainer_of(tmp_path / "second", model, **fields)
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=folder)
+    assert same(weights(model), before)
+    assert trainer.optimizer is None
+
+
+def test_an_interrupted_step_leaves_the_model_as_configured(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            assert (model.config.sleep.sleep_passes, model.config.sleep.eviction) == (3, "hard")
+            assert not model.lm.model.embed_tokens.weight.requires_grad
+            raise KeyboardInterrupt
+
+    callbacks = [SleepPassesSchedule(3), HardEvictionWarmup(2), Interrupt()]
+    trainer = trainer_of(tmp_path, tiny(eviction="sliding"), callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (trainer.model.config.sleep.sleep_passes, trainer.model.config.sleep.eviction) == (2, "sliding")
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+# Rows and arguments that cannot be trained with.
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        pytest.param({"input_ids": [1, 2, 3]}, "rows without labels", id="none"),
+        pytest.param({"input_ids": [1, 2, 3], "labels": [-100] * 3}, "none of the first 4 rows", id="all ignored"),
+        pytest.param(
+            {"input_ids": [1, 2], "labels": [1, -100]}, "first token of a row cannot be predicted", id="first"
+        ),
+        pytest.param(
+            {"input_ids": [9, 1, 2], "labels": [-100, 1, -100], "attention_mask": [0, 1, 1]},
+            "none of the",
+            id="behind pad",
+        ),
+        pytest.param(
+            {"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0, 0]}, "several packed samples", id="packed"
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [Dataset.from_list, list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+def test_rows_that_cannot_be_trained_on_are_refused(kind, row, message, tmp_path):
+    trainer = trainer_of(tmp_path, rows=kind([row] * 4))
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert same(weights(trainer.model), before)
+    assert trainer.optimizer is None
+
+
+def test_an_endless_stream_trains(tmp_path):
+    trainer = trainer_of(tmp_path, rows=TASK.stream())
+    trainer.train()
+    assert len(logged(trainer)) == 3
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="optim='adafactor' with muon_learning_rate"):
+        arguments(tmp_path, optim="adafactor")
+    with pytest.raises(ValueError, match="backprop_windows=0 must be at least 1"):
+        arguments(tmp_path, backprop_windows=0)
+    with pytest.raises(TypeError, match="SleepTrainer needs SleepTrainingArguments as args, not TrainingArguments"):
+        SleepTrainer(tiny(), TrainingArguments(tmp_path, **QUIET))
+
+
+def test_another_optimizer_may_be_chosen(tmp_path):
+    trainer = trainer_of(tmp_path, muon_learning_rate=None, optim="sgd")
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is torch.optim.SGD
