@@ -31,8 +31,8 @@ from hf_sleep.hub import (
     hub_id,
     is_our_card,
     write_model_card,
-    write_remote_code,
 )
+from hf_sleep.training import SleepTrainer, SleepTrainingArguments
 
 # huggingface_hub's own upload to git-LFS, the way it takes without hf_xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -401,22 +401,10 @@ def test_what_a_person_wrote_on_the_hub_stays(hub, on_hub):
 # Trainer.
 
 
-class CardTrainer(Trainer):
-    """As docs/hub.md has it."""
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        super().init_hf_repo(*args, **kwargs)
-        if self.is_world_process_zero():
-            write_remote_code(self.args.output_dir)
-
-    def create_model_card(self, **kwargs) -> None:
-        if self.is_world_process_zero():
-            write_model_card(self.model, self.args.output_dir, self.hub_model_id)
-
-
-@pytest.mark.parametrize("trainer_class", [Trainer, CardTrainer])
+@pytest.mark.parametrize("trainer_class", [Trainer, SleepTrainer])
 def test_the_trainer_pushes(trainer_class, hub, on_hub, tmp_path):
-    args = TrainingArguments(
+    arguments = SleepTrainingArguments if trainer_class is SleepTrainer else TrainingArguments
+    args = arguments(
         output_dir=tmp_path / "out",
         push_to_hub=True,
         hub_model_id="me/asleep",
@@ -436,14 +424,14 @@ def test_the_trainer_pushes(trainer_class, hub, on_hub, tmp_path):
     assert hub.messages.count("Training in progress, step 2") == 1
     assert hub.messages[-1] == "End of training"
     complete = [REMOTE_CODE_FILE in files for files in hub.commits.values() if "tokenizer_config.json" in files]
-    assert complete[1:] == [trainer_class is CardTrainer] * 2 + [True]
+    assert complete[1:] == [trainer_class is SleepTrainer] * 2 + [True]
     loaded = AutoModelForSleepLM.from_pretrained("me/asleep")
     assert_same_weights(loaded, on_hub)
     files = hub.files("me/asleep")
     assert {REMOTE_CODE_FILE, "tokenizer.json"} < files.keys()
     assert set(on_hub.model_tags) <= set(hub.card("me/asleep").data.tags)
-    assert is_our_card(files["README.md"].decode()) is (trainer_class is CardTrainer)
-    if trainer_class is CardTrainer:
+    assert is_our_card(files["README.md"].decode()) is (trainer_class is SleepTrainer)
+    if trainer_class is SleepTrainer:
         assert hub.card("me/asleep").data.eval_results[0].dataset_name == "Rule 110"
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import datasets
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import SchedulerType, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from ..data import Task
+from ..hub import write_model_card, write_remote_code
+from ..modeling import SleepForCausalLM
 from .callbacks import DuringStep
 from .collator import IGNORED, SleepCollator, refuse_packed
 from .evaluation import accuracy_by_difficulty
@@ -47,6 +51,9 @@ class SleepTrainingArguments(TrainingArguments):
         default="warmup_stable_decay", metadata={"help": "The scheduler type to use."}
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: steps, or below 1 a share of them."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "Let DDP look for parameters without a gradient, such as Ouro's exit gate."}
+    )
     include_num_input_tokens_seen: str = field(
         default="non_padding", metadata={"help": "Which tokens to count: no, all or non_padding."}
     )
@@ -74,7 +81,8 @@ class SleepTrainer(Trainer):
     `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
     counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
     stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
-    `compute_metrics` of its own, evaluation is the Trainer's.
+    `compute_metrics` of its own, evaluation is the Trainer's. What it pushes to the Hub is complete, with the model's
+    own card.
 
     Args:
         args: `SleepTrainingArguments`.
@@ -118,6 +126,35 @@ class SleepTrainer(Trainer):
             for callback in self._during_step():
                 callback.restore()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled and self.args.muon_learning_rate is not None:
+            raise ValueError(
+                f"muon_learning_rate={self.args.muon_learning_rate}: DeepSpeed flattens the matrices that Muon needs. "
+                "Set muon_learning_rate=None, or use FSDP2"
+            )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or self.args.fp16:
+            raise ValueError(
+                f"fsdp_version={plugin.fsdp_version}, fp16={self.args.fp16}: a sleeping model trains with FSDP2 only, "
+                "in bf16 or fp32"
+            )
+        if plugin.activation_checkpointing:
+            raise ValueError(
+                "FSDP's activation_checkpointing=True would recompute a layer without the KV that it joins: set the "
+                "training argument activation_checkpointing=True instead, which recomputes whole passes"
+            )
+        # Its casts would round the fast weights and their gates at every layer; autocast leaves both alone.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        if self.is_fsdp_enabled and self.args.bf16:
+            # A cache of casts would keep what FSDP frees.
+            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False)
+        return super().autocast_smart_context_manager(cache_enabled)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self._optimizer_is_ours():
             args = self.args
@@ -157,6 +194,19 @@ class SleepTrainer(Trainer):
 
     def _during_step(self) -> list[DuringStep]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, DuringStep)]
+
+    # The Hub.
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        super().init_hf_repo(*args, **kwargs)
+        if self.is_world_process_zero():
+            write_remote_code(self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.model, SleepForCausalLM):
+            super().create_model_card(*args, **kwargs)  # an adapter's is PEFT's
+        elif self.is_world_process_zero():
+            write_model_card(self.model, self.args.output_dir, self.hub_model_id)
 
     # Checks.
 
