@@ -10,8 +10,9 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
-demo: env-demo ## watch a pretrained model sleep; options with ARGS="..."
+demo: env-demo ## watch a pretrained model sleep, then small ones learn to; options of the first with ARGS="..."
 	@.venv/bin/python examples/demo.py $(ARGS)
+	@.venv/bin/python examples/khop.py --train
 
 test: lint ## lint, then run all tests; pytest options with ARGS="..."
 	$(TEST_ENV) .venv/bin/python -m pytest -n 2 $(ARGS)

@@ -124,9 +124,12 @@ class ProgressLine(TrainerCallback):
     """Prints a line per evaluation: where training is, and accuracy by difficulty."""
 
     def __init__(self, label: str, difficulty: str):
-        self.label, self.difficulty, self.began = label, difficulty, time.monotonic()
+        self.label, self.difficulty, self.began, self.last = label, difficulty, time.monotonic(), -1
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.last:
+            return  # the same model at other N
+        self.last = state.global_step
         scores = "  ".join(f"{self.difficulty}={d} {score:.2f}" for d, score in by_difficulty(metrics).items())
         seconds = time.monotonic() - self.began
         print(f"{self.label}  step {state.global_step:>5}/{state.max_steps}  {seconds:4.0f} s  {scores}", flush=True)

@@ -1,0 +1,53 @@
+"""The small trained models that ship with the examples do what the examples say."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_sleep import AutoModelForSleepLM
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def khop(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return import_module("khop")
+
+
+def shipped(passes: int):
+    return AutoModelForSleepLM.from_pretrained(EXAMPLES / "khop" / f"N{passes}").eval()
+
+
+def test_more_sleep_reaches_further(khop):
+    by_passes = {n: khop.accuracy(shipped(n), n) for n in (1, 2, 3)}
+    assert by_passes[1][1] > 0.99
+    assert by_passes[1][3] < 0.3
+    assert by_passes[2][2] > 0.95 > by_passes[1][2]
+    assert by_passes[3][3] > 0.95 > by_passes[2][3]
+    assert by_passes[3][4] > 0.9
+
+
+def test_it_is_the_sleep_that_does_it(khop):
+    """The same weights, allowed fewer passes, know no more than chance beyond their reach."""
+    model = shipped(3)
+    assert khop.accuracy(model, 1)[4] < 0.3
+    assert khop.accuracy(model, 3)[4] > 0.9
+
+
+def test_questions_are_answered_by_generate(khop, capsys):
+    with torch.no_grad():
+        khop.ask(shipped(3), 4)
+    printed = capsys.readouterr().out
+    assert "Edges, in the order read: " in printed
+    assert printed.count("right") + printed.count("wrong") == 4
+    assert printed.count("(right)") >= 3
+
+
+def test_what_ships_is_small_and_says_what_it_is():
+    files = [file for file in (EXAMPLES / "khop").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 4_000_000
+    assert {file.parent.name for file in files if file.name == "model.safetensors"} == {"N1", "N2", "N3"}
+    assert "recipes/train_khop.py --seeds 0 1 2" in (EXAMPLES / "khop" / "README.md").read_text()
