@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from .layers.recurrence import State
-from .offload import loaded
+from .offload import as_forward, loaded
 from .ops import gated_delta_rule, short_convolution
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
@@ -72,16 +73,30 @@ class Decoder:
         self, index: int, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, kv: Any
     ) -> torch.Tensor:
         """Run decoder layer `index`; `kv.update` is called with its new keys and values `[B, H, T, D]`."""
-        return self.layers[index](x, attention_mask=mask, position_embeddings=rope, past_key_values=kv, use_cache=True)
+        layer: Any = self.layers[index]
+        # Its hooks would run twice.
+        forward = self.layers[index].forward if isinstance(layer, FSDPModule) else layer
+
+        def run(x: torch.Tensor, pair: Any) -> Any:
+            kv.pair = pair
+            x = forward(x, attention_mask=mask, position_embeddings=rope, past_key_values=kv, use_cache=True)
+            return x, kv.pair
+
+        x, kv.pair = as_forward(layer, run, x, kv.pair)
+        return x
 
     def linear_layer(
         self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, State]:
         """Run decoder layer `index`, one of the base's own linear-recurrent layers."""
         layer: Any = self.layers[index]
-        mixed, state = self.mix(layer, layer.input_layernorm(x), state, lengths)
-        x = x + mixed
-        return x + layer.mlp(layer.post_attention_layernorm(x)), state
+
+        def run(x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+            mixed, state = self.mix(layer, layer.input_layernorm(x), state, lengths)
+            x = x + mixed
+            return x + layer.mlp(layer.post_attention_layernorm(x)), state
+
+        return as_forward(layer, run, x, state)
 
     def mix(
         self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None

@@ -8,10 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -57,6 +59,12 @@ class Layout:
         column = torch.arange(max(1, *self.counts), device=t.device)
         index = (column + torch.tensor(self.start, device=t.device).unsqueeze(1)).clamp(max=self.width - 1)
         return torch.take_along_dim(t, index.view(*index.shape, *(1,) * (t.dim() - 2)), dim=1)
+
+    def lengthened(self, longest: int) -> "Layout":
+        """With `longest` tokens in the row that has most of them: those behind its end count as real."""
+        row = max(range(len(self.counts)), key=self.counts.__getitem__)
+        counts = [longest if b == row else n for b, n in enumerate(self.counts)]
+        return Layout(self.start, counts, max(self.width, self.start[row] + longest))
 
 
 class SleepForCausalLM(PreTrainedModel, GenerationMixin):
@@ -153,6 +161,12 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     def _can_set_experts_implementation(cls) -> bool:
         # The base's experts are run by its own code, as the base was loaded to run them.
         return True
+
+    def post_init(self) -> None:
+        super().post_init()
+        # A text model names its vision tower's layers too, which FSDP would look for.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FastWeightBlock):
@@ -262,16 +276,25 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
         if cache.is_empty:
             cache.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
-        self._warn_if_untrained(cache, layout, passes)
+        in_step = past_key_values is None and not use_cache and self._is_sharded()
+        if not in_step:
+            self._warn_if_untrained(cache, layout, passes)
 
         targets = None if labels is None else _next_labels(labels, layout)
+        keep = min(logits_to_keep or layout.width, layout.width)
+        columns = layout.width
+        if in_step:
+            # Ranks gather each other's weights, so all must run the same modules in the same order: as many windows,
+            # every one of them to the end. What is read behind a row's end has no target, and nothing looks back at it.
+            layout = layout.lengthened(_largest_of_ranks(max(layout.counts), embeds.device))
+            embeds = F.pad(embeds, (0, 0, 0, layout.width - columns))
+            targets = None if targets is None else F.pad(targets, (0, layout.width - columns), value=-100)
         lean = None
         if targets is not None and self.training and not logits_to_keep:
             lean = layout.compact(targets).cpu()
         # A loss needs all columns, whatever the caller wants to see of them.
-        keep = min(logits_to_keep or layout.width, layout.width)
-        made = keep if targets is None else layout.width
-        wanted = _wanted(lean, layout, made)
+        made = keep if targets is None and not in_step else layout.width
+        wanted = None if in_step else _wanted(lean, layout, made)
         pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted, backprop_windows)
         logits = loss = None
         if lean is not None:
@@ -279,18 +302,22 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             logits = self._logits_of_pieces(pieces, layout, made, embeds)
             loss = None if targets is None else _summed_cross_entropy(logits, targets)
-            logits = logits[:, -keep:]
+            logits = (logits[:, :columns] if in_step else logits)[:, -keep:]
         if loss is not None and targets is not None:
             count: Any = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
 
-        cache.columns += layout.width
+        cache.columns += columns
         if past_key_values is not None:
             past_key_values.assign(cache)
             cache = past_key_values
         use_cache = past_key_values is not None if use_cache is None else use_cache
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
         return output.to_tuple() if return_dict is False else output
+
+    def _is_sharded(self) -> bool:
+        """Whether ranks hold a part of the weights each (FSDP2)."""
+        return dist.is_initialized() and any(isinstance(module, FSDPModule) for module in self.modules())
 
     def sleep(self, past_key_values: SleepCache, sleep_passes: int | None = None) -> SleepCache:
         """Sleep now, on windows that are not full: in idle time, or at the end of a document.
@@ -513,11 +540,16 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             hub = {key: kwargs.pop(key) for key in PUSH_KEYWORDS if key in kwargs}
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, only_sleep=only_sleep, state_dict=state_dict, **hub, **kwargs)
-        self._check_loads_again(only_sleep)
+        self._check_loads_again(only_sleep, state_dict)
         self._save(save_directory, Path(save_directory).resolve().name, only_sleep, state_dict, **kwargs)
 
-    def _check_loads_again(self, only_sleep: bool) -> None:
+    def _check_loads_again(self, only_sleep: bool, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Whether a checkpoint would be all that this model is."""
+        if state_dict is None and self._is_sharded():
+            raise ValueError(
+                "the model's weights are sharded over ranks (FSDP): save with trainer.save_model() on all ranks, or "
+                "pass the gathered ones as state_dict"
+            )
         if getattr(self, "peft_config", None) is not None and not self._hf_peft_config_loaded:
             raise ValueError(
                 "the model carries PEFT adapters: call save_pretrained of the PeftModel for the adapter, or save what "
@@ -608,7 +640,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where what would be written could not be loaded again, by others either.
         """
-        self._check_loads_again(only_sleep)
+        self._check_loads_again(only_sleep, state_dict)
         base = self.config.base_model_name_or_path
         if only_sleep and hub_id(base) is None:
             raise ValueError(
@@ -659,6 +691,12 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         model.eval()
         return model if report is None else (model, report)
+
+
+def _largest_of_ranks(number: int, device: torch.device) -> int:
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

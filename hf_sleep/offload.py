@@ -1,11 +1,12 @@
-"""Reading weights that accelerate keeps off their device until their module is called."""
+"""Reading weights that are elsewhere until their module is called: off their device, or on all ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 
 def compute_device(module: nn.Module) -> torch.device:
@@ -26,3 +27,28 @@ def loaded(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, with the weights of `module` gathered around it as FSDP2 gathers them around its forward.
+
+    Args:
+        module: runs as it is where it is not sharded.
+        function: a layer's `[B, T, C]` and a pair of tensors in, the same out. A gradient must come back through what
+            FSDP2 saw, so all that later code uses has to be among what it returns.
+        arguments: for `function`.
+    """
+    if not isinstance(module, FSDPModule):
+        return function(*arguments)
+
+    def without_views(*arguments: Any) -> Any:
+        # FSDP2 warns of views, which it cannot watch.
+        x, pair = function(*arguments)
+        return x, tuple(t.clone() if t._is_view() else t for t in pair)
+
+    holder: Any = module
+    holder._as_forward = without_views
+    register_fsdp_forward_method(module, "_as_forward")
+    run = holder._as_forward
+    del holder._as_forward
+    return run(*arguments)

@@ -140,11 +140,12 @@ class WindowKV:
     def __init__(self, held: Pair | None, join: Join):
         self.pair = held
         self.join = join
+        self.updated = False
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Pair:
         """Called by the base's attention layer with `[B, H, T, D]`."""
         old_keys, old_values = self.pair or (None, None)
-        self.pair = (self.join(old_keys, keys), self.join(old_values, values))
+        self.pair, self.updated = (self.join(old_keys, keys), self.join(old_values, values)), True
         return self.pair
 
 
@@ -413,7 +414,7 @@ class Sleeper:
                 x = self.decoder.attention_layer(
                     slot.index, x, geometry.ropes[slot.kind], geometry.masks[slot.kind], kv
                 )
-                if kv.pair is pair:
+                if not kv.updated:
                     raise RuntimeError(
                         f"decoder layer {slot.index} left its cache alone: turn the base's own gradient "
                         "checkpointing off, and the SleepForCausalLM's on"
@@ -427,6 +428,12 @@ class Sleeper:
                 x, state = self.blocks[str(slot.index)](x, pair, lengths)
             else:
                 x, state = self.decoder.linear_layer(slot.index, x, pair, lengths)
+            if state[0].dtype != pair[0].dtype:
+                raise ValueError(
+                    f"fast weights come out of layer {slot.index} in {state[0].dtype} and went in in {pair[0].dtype}: "
+                    "FSDP's mixed precision casts them. Use SleepTrainer, which leaves the casts to autocast, or a "
+                    "MixedPrecisionPolicy with cast_forward_inputs=False and output_dtype=None"
+                )
             out.append(state)
         return x, out
 

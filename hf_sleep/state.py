@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .cache import Row, SleepCache, Tensors
 from .offload import loaded
@@ -27,6 +28,9 @@ def fingerprint(model: nn.Module) -> str:
 
     The same weights give the same digest in any floating dtype and on any device; weights that were trained on do
     not.
+
+    Raises:
+        ValueError: weights that are sharded over ranks.
     """
     digest = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
@@ -39,6 +43,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def _sample(parameter: torch.Tensor) -> bytes:
     """Evenly spaced values; of a quantised parameter none."""
+    if isinstance(parameter, DTensor):
+        raise ValueError(
+            "the model's weights are sharded over ranks (FSDP), and no rank has them all: save a whole checkpoint, "
+            "load it in one process, and do this there"
+        )
     if type(parameter) is not torch.Tensor or not parameter.is_floating_point() or not parameter.numel():
         return b""
     flat = parameter.flatten()
