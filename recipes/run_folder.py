@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ plt.switch_backend("agg")
 
 
 class RunFolder(TrainerCallback):
-    """A run's folder; as a callback of the Trainer it writes down all that is logged.
+    """A run's folder; as a callback of the Trainer it writes down all that is logged. Only the main process writes.
 
     Args:
         path: made where missing.
@@ -31,6 +32,10 @@ class RunFolder(TrainerCallback):
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool = False):
         self.path, self.metrics, self.began = path, path / "metrics.jsonl", time.monotonic()
+        self.writes = os.environ.get("RANK", "0") == "0"
+        path.mkdir(parents=True, exist_ok=True)
+        if not self.writes:
+            return
         config = path / "config.json"
         settings = json.loads(json.dumps(settings, default=str))
         if config.exists():
@@ -41,7 +46,6 @@ class RunFolder(TrainerCallback):
                 key: (before.get(key), settings[key]) for key in settings if before.get(key) != settings[key]
             }:
                 raise SystemExit(f"{path} was begun with other settings, {changed} (then, now): use a new --output")
-        path.mkdir(parents=True, exist_ok=True)
         versions = {m.__name__: m.__version__ for m in (torch, transformers, hf_sleep)}
         versions["python"] = platform.python_version()
         written = {"settings": settings, "versions": versions, "threads": torch.get_num_threads()}
@@ -49,13 +53,13 @@ class RunFolder(TrainerCallback):
 
     def record(self, **row: Any) -> None:
         """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            seconds = round(time.monotonic() - self.began, 1)
-            self.record(step=state.global_step, seconds=seconds, **logs)
+        self.record(step=state.global_step, seconds=round(time.monotonic() - self.began, 1), **logs)
 
     def plot(self, scores: dict[str, dict[int, list[float]]], chance: dict[int, float], difficulty: str) -> Path:
         """Accuracy by difficulty, a line per model with the range over its seeds, and chance.

@@ -1,0 +1,214 @@
+"""GSM-Infinite: teach a pretrained model to sleep on a text of quantities, and then to work out the one asked for.
+
+accelerate launch recipes/finetune_gsm.py                 # SmolLM2 as `make demo` left it; minutes on two CPU cores
+accelerate launch recipes/finetune_gsm.py --model Qwen/Qwen3-0.6B --window-size 256 --tokens 700 1200 --steps 2000
+accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/finetune_gsm.py --preset paper-jet-nemotron
+
+The question comes first, there is no chain of thought, and the loss is on the answer alone. By default only the new
+blocks are trained, at learning rates that are too high for a whole model. Answers are generated before and after,
+also from the last window alone: what is above that and above chance (the commonest answer) was remembered. Writes
+config.json, metrics.jsonl, results.json, accuracy.png and the model.
+
+Source: Lee et al. 2026 (arXiv 2605.26099), the GSM-Infinite experiment, for the presets. Steps, and how they are
+shared out between the sliding preset's stages (the paper counts epochs), are ours. A preset's batch is 256 rows on one
+process: divide --gradient-accumulation-steps by the number of processes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import by_difficulty, generation_rows, generation_scores, plot, table
+from from_scratch import parse
+from run_folder import RunFolder
+from transformers import AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
+from hf_sleep.data import GSMInfinite
+from hf_sleep.hub import CardFacts
+from hf_sleep.training import (
+    GenerationEvaluation,
+    HardEvictionWarmup,
+    NonFiniteGuard,
+    SleepMonitor,
+    SleepTrainer,
+    SleepTrainingArguments,
+)
+from hf_sleep.training.callbacks import fast_weight_names
+
+PAPER = {
+    "ops": [1, 8],
+    "tokens": [2000, 3300],
+    "window_size": 2000,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 128,
+    "muon_learning_rate": 1e-3,
+    "learning_rate": 5e-5,
+    "steps": 1000,
+    "save_steps": 50,
+    "eval_problems": 1600,
+    "whole_model": True,
+    "checkpointing": True,
+    "bf16": True,
+}
+OURO = PAPER | {
+    "model": "ByteDance/Ouro-1.4B",
+    "sleep_passes": 4,
+    "loop_layers": [0, 24],
+    "block_num_heads": 12,
+    "block_head_dim": 96,
+    "eval_passes": [1, 4],
+}
+PRESETS = {
+    "small": {},
+    "paper-jet-nemotron": PAPER
+    | {"model": "jet-ai/Jet-Nemotron-2B", "sleep_passes": 6, "loop_layers": [7, 21], "eval_passes": [1, 6]},
+    "paper-ouro": OURO,
+    "paper-ouro-sliding": OURO | {"window_size": 512, "eviction": "sliding", "steps": 1500, "hard_warmup_steps": 500},
+}
+SLEEP_FIELDS = (
+    *("window_size", "sleep_passes", "eviction", "num_sink_tokens"),
+    *("loop_layers", "block_num_heads", "block_head_dim"),
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    add("--preset", choices=PRESETS, default="small", help="settings that stand where none is given")
+    add("--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder, of a base or of a model that sleeps")
+    add("--window-size", type=int, default=64, help="L, in tokens (default: %(default)s)")
+    add("--sleep-passes", type=int, default=2, help="N (default: %(default)s)")
+    add("--eviction", choices=("hard", "sliding"), default="hard")
+    add("--num-sink-tokens", type=int, default=0, help="first tokens that are never evicted (default: %(default)s)")
+    add("--loop-layers", type=int, nargs=2, help="layers a to b - 1 run N times (default: the base's)")
+    add("--block-num-heads", type=int, help="of a new block (default: a third of the width)")
+    add("--block-head-dim", type=int, help="of a new block (default: the base's)")
+    add("--ops", type=int, nargs=2, default=[1, 4], help="fewest and most operations (default: 1 4)")
+    add("--tokens", type=int, nargs=2, default=[0, 0], help="of a prompt, with distractors; 0 0: none (default)")
+    add("--steps", type=int, default=60)
+    add("--batch-size", type=int, default=8, help="rows a process reads at once (default: %(default)s)")
+    add("--gradient-accumulation-steps", type=int, default=1)
+    add("--muon-learning-rate", type=float, default=1e-2, help="of the matrices; 0: AdamW for everything")
+    add("--learning-rate", type=float, default=1e-3, help="of AdamW, for all that Muon does not take")
+    add("--hard-warmup-steps", type=int, default=0, help="first steps: hard eviction, fast weights alone")
+    add("--whole-model", **switch, default=False, help="train the base too, not just the fast weights")
+    add("--checkpointing", **switch, default=False, help="recompute passes in the backward, to save memory")
+    add("--bf16", **switch, default=True, help="compute in bfloat16, by autocast")
+    add("--eval-passes", type=int, nargs="+", help="each N to generate with (default: --sleep-passes)")
+    add("--eval-problems", type=int, default=160, help="test problems (default: %(default)s)")
+    add("--save-steps", type=int, default=0, help="steps between checkpoints; 0: none (default)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--report-to", nargs="+", default=["none"], help="as in transformers: tensorboard, wandb, ...")
+    add("--push-to-hub", metavar="REPOSITORY", help="push the trained model there")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("runs/finetune_gsm"))
+    return parse(parser, PRESETS, arguments)
+
+
+class Generation(GenerationEvaluation):
+    """Generates as the model was trained: with `--bf16`, under autocast."""
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with self.trainer.accelerator.autocast():
+            super().on_evaluate(*args, **kwargs)
+
+
+def load(options: argparse.Namespace) -> SleepForCausalLM:
+    sleep = {name: getattr(options, name) for name in SLEEP_FIELDS if getattr(options, name) is not None}
+    model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
+    if not options.whole_model:
+        names = fast_weight_names(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+    return model
+
+
+def training_arguments(options: argparse.Namespace, folder: Path, eval_on_start: bool) -> SleepTrainingArguments:
+    return SleepTrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        muon_learning_rate=options.muon_learning_rate or None,
+        learning_rate=options.learning_rate,
+        activation_checkpointing=options.checkpointing,
+        bf16=options.bf16,
+        eval_on_start=eval_on_start,
+        logging_steps=max(1, options.steps // 100),
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or options.steps,
+        save_total_limit=2,
+        # Rows differ in length, so each process pads its own batches.
+        accelerator_config={"dispatch_batches": False},
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to=options.report_to,
+        push_to_hub=options.push_to_hub is not None,
+        hub_model_id=options.push_to_hub,
+        hub_strategy="end",
+        seed=options.seed,
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    options = parse_arguments(arguments)
+    set_seed(options.seed)
+    run = RunFolder(options.output, {k: v for k, v in vars(options).items() if k != "resume"}, options.resume)
+    folder = run.path / "model"
+    last = get_last_checkpoint(str(folder)) if options.resume and folder.exists() else None
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    task = GSMInfinite(tokenizer, ops=tuple(options.ops), tokens=tuple(options.tokens), window_size=options.window_size)
+    rows = task.dataset(options.eval_problems, seed=options.seed, split="test")
+    passes = options.eval_passes or [options.sleep_passes]
+    trainer = SleepTrainer(
+        load(options),
+        training_arguments(options, folder, eval_on_start=last is None),
+        train_dataset=task.stream(seed=options.seed),
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        task=task,
+        callbacks=[run],
+    )
+    reads = generation_rows(rows, options.window_size)
+    trainer.add_callback(Generation(trainer, reads, tuple(passes), options.batch_size))
+    if options.hard_warmup_steps:
+        trainer.add_callback(HardEvictionWarmup(steps=options.hard_warmup_steps))
+    if not trainer.is_fsdp_enabled:
+        trainer.add_callback(NonFiniteGuard())
+        trainer.add_callback(SleepMonitor(trainer))
+
+    trainer.train(resume_from_checkpoint=last)
+    # Evaluating before train() would leave the model unwrapped: DDP would not share gradients, and not say so.
+    logged = {key: value for logs in trainer.state.log_history if logs["step"] == 0 for key, value in logs.items()}
+    measured = {"before": logged, "after": trainer.evaluate()}
+    results = {
+        when: [score for n in passes for score in generation_scores(metrics, task, rows, n)]
+        for when, metrics in measured.items()
+    }
+    size = options.batch_size * options.gradient_accumulation_steps * trainer.args.world_size
+    trainer.model.card = CardFacts(
+        f"{task}, made by hf_sleep; {options.steps} steps of {size} problems, question first, loss on the answer.",
+        [{"task": "GSM-Infinite"} | score for score in by_difficulty(results["after"])],
+    )
+    trainer.save_model()
+    if run.writes:
+        (run.path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        lines = {}
+        for when, scores in results.items():
+            for n in passes:
+                mine = [score for score in scores if score["N"] == n]
+                lines[f"{when}, N = {n}"] = by_difficulty(mine)
+            lines[f"{when}, last window alone"] = by_difficulty(mine, "last_window")
+        print(f"\n{table(lines, 'op')}\n\n{plot(run, lines, 'operations')}, {folder}")
+    if options.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+if __name__ == "__main__":
+    main()

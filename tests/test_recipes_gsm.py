@@ -1,0 +1,257 @@
+"""The recipes that fine-tune on GSM-Infinite and that evaluate any checkpoint, run on tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM
+from hf_sleep.data import GSMInfinite, KHop
+from hf_sleep.training import GenerationEvaluation
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--window-size", "40", "--ops", "1", "2", "--steps", "2", "--batch-size", "4", "--eval-problems", "8"]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Imports a recipe by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return import_module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    corpus = [GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(300)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=["</s>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    """A folder with a tiny llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_base_is_fine_tuned_evaluated_and_written_down(recipe, base, tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--model", base, *QUICK, "--eval-passes", "1", "2", "--output", str(folder)]
+    results = recipe("finetune_gsm").main(options)
+    assert results == json.loads((folder / "results.json").read_text())
+    for when in ("before", "after"):
+        assert {score["N"] for score in results[when]} == {1, 2}
+        assert sum(score["n"] for score in results[when]) == 2 * 2 * 8
+        task = GSMInfinite(ops=(1, 2), tokens=(0, 0))
+        assert all(score["chance"] == task.chance(score["difficulty"], score["mode"]) for score in results[when])
+    assert json.loads((folder / "config.json").read_text())["settings"]["window_size"] == 40
+    assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2]
+    assert (folder / "accuracy.png").stat().st_size > 5_000
+    printed = capsys.readouterr().out
+    for line in ("before, N = 1", "before, N = 2", "after, N = 2", "after, last window alone", "chance"):
+        assert f"| {line} |" in printed
+    model = AutoModelForSleepLM.from_pretrained(folder / "model")
+    assert (model.config.sleep.window_size, model.config.sleep.sleep_passes) == (40, 2)
+    card = (folder / "model" / "README.md").read_text()
+    assert "2 steps of 4 problems" in card
+    assert "| GSM-Infinite | 1 | 2 |" in card
+    with pytest.raises(SystemExit, match="holds a run already: choose another --output"):
+        recipe("finetune_gsm").main(options)
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_weights(recipe, base, tmp_path):
+    folder = tmp_path / "run"
+    options = ["--model", base, *QUICK, "--steps", "4", "--save-steps", "2", "--output", str(folder)]
+    main = recipe("finetune_gsm").main
+    whole = main(options)
+    weights = load_file(folder / "model" / "model.safetensors")
+    shutil.rmtree(folder / "model" / "checkpoint-4")
+    (folder / "model" / "model.safetensors").unlink()
+    (folder / "results.json").write_text(json.dumps({"before": whole["before"]}))
+    assert main([*options, "--resume"]) == whole
+    assert len([line for line in lines(folder) if line["step"] == 0]) == 2
+    again = load_file(folder / "model" / "model.safetensors")
+    assert again.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(again[name], tensor), name
+    assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 3, 4]
+
+
+@pytest.mark.parametrize("stage", ["--no-whole-model", "--whole-model --hard-warmup-steps 2 --eviction sliding"])
+def test_what_is_not_to_be_trained_stays(recipe, base, stage, tmp_path):
+    options = ["--model", base, *QUICK, "--learning-rate", "0.1", *stage.split(), "--output", str(tmp_path)]
+    recipe("finetune_gsm").main(options)
+    before = SleepForCausalLM.from_base(LlamaForCausalLM.from_pretrained(base), SleepConfig(window_size=40))
+    before, after = before.state_dict(), load_file(tmp_path / "model" / "model.safetensors")
+    after = {name: after[name] for name in before if name in after}
+    theirs = [name for name in after if "fast_weights" not in name]
+    assert theirs
+    assert all(torch.equal(after[name], before[name]) for name in theirs)
+    outputs = [tensor for name, tensor in after.items() if name.endswith("mixer.o_proj.weight")]
+    assert outputs
+    assert all(tensor.abs().sum() > 0 for tensor in outputs)
+
+
+def test_two_processes_train_as_one_and_write_once(recipe, base, tmp_path):
+    options = ["--model", base, *QUICK, "--no-bf16", "--whole-model", "--muon-learning-rate", "0"]
+    recipe("finetune_gsm").main([*options, "--output", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", "recipes/accelerate/cpu.yaml", "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "recipes/finetune_gsm.py", *options, "--batch-size", "2", "--output", str(tmp_path / "two")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| chance |") == 1
+    one, two = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    assert [line["step"] for line in two] == [1, 2]
+    for name in ("loss", "grad_norm", "num_input_tokens_seen"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0] == results[1]
+    assert "2 steps of 4 problems" in (tmp_path / "two" / "model" / "README.md").read_text()
+
+
+def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):
+    parse = recipe("finetune_gsm").parse_arguments
+    presets = {name: parse(["--preset", name]) for name in ("paper-jet-nemotron", "paper-ouro", "paper-ouro-sliding")}
+    for options in presets.values():
+        assert options.batch_size * options.gradient_accumulation_steps == 256
+        assert (options.muon_learning_rate, options.learning_rate) == (1e-3, 5e-5)
+        assert (options.eval_problems, options.whole_model, options.checkpointing, options.bf16) == (
+            1600,
+            True,
+            True,
+            True,
+        )
+        assert (options.ops, options.tokens) == ([1, 8], [2000, 3300])
+        assert len(GSMInfinite(tokenizer, window_size=options.window_size).example(0)["input_ids"]) >= 2000
+    jet, ouro, sliding = presets.values()
+    assert (jet.window_size, jet.sleep_passes, jet.loop_layers, jet.eviction) == (2000, 6, [7, 21], "hard")
+    assert (ouro.window_size, ouro.sleep_passes, ouro.eviction, ouro.hard_warmup_steps) == (2000, 4, "hard", 0)
+    assert (sliding.window_size, sliding.sleep_passes, sliding.eviction) == (512, 4, "sliding")
+    assert 3 * sliding.hard_warmup_steps == sliding.steps
+    published = SimpleNamespace(
+        num_hidden_layers=24, hidden_size=2048, num_attention_heads=16, max_position_embeddings=65536
+    )
+    seen = {}
+    monkeypatch.setattr(AutoModelForSleepLM, "from_pretrained", lambda name, sleep, dtype: seen.update(sleep))
+    recipe("finetune_gsm").load(sliding)
+    sleep = SleepConfig(**seen).resolve(published)
+    assert (sleep.num_blocks, sleep.block_num_heads, sleep.block_head_dim) == (6, 12, 96)
+    assert parse(["--preset", "paper-ouro", "--steps", "7", "--no-bf16"]).steps == 7
+    assert not parse(["--preset", "paper-ouro", "--no-bf16"]).bf16
+    assert parse([]).model == ".demo/SmolLM2-135M-Instruct"
+
+
+def test_a_trained_checkpoint_is_evaluated_at_every_n_and_l(recipe, tmp_path):
+    model = str(ROOT / "examples" / "khop" / "N3")
+    options = ["--sleep-passes", "1", "3", "--window-size", "7", "10", "--problems", "96", "--batch-size", "32"]
+    scores = recipe("evaluate").main([model, "khop", *options, "--output", str(tmp_path)])
+    assert scores == json.loads((tmp_path / "results.json").read_text())
+    accuracy = {(score["L"], score["N"], score["difficulty"]): score["accuracy"] for score in scores}
+    assert accuracy.keys() == {(size, n, k) for size in (7, 10) for n in (1, 3) for k in (1, 2, 3, 4)}
+    assert all(score["chance"] == KHop(8).chance(score["difficulty"]) for score in scores)
+    for size, n in ((7, 1), (10, 3)):
+        assert sum(score["n"] for score in scores if (score["L"], score["N"]) == (size, n)) == 96 * 8
+    assert min(accuracy[10, 3, k] for k in (1, 2, 3, 4)) > 0.8
+    assert accuracy[10, 3, 3] > accuracy[10, 1, 3] + 0.2
+    assert accuracy[10, 3, 3] > accuracy[7, 3, 3] + 0.2
+    assert (tmp_path / "accuracy.png").stat().st_size > 5_000
+
+
+def test_a_base_with_room_for_everything_is_the_base(recipe, base, tokenizer, tmp_path):
+    settings = {"ops": [1, 2], "tokens": [0, 0], "modes": ["reverse"]}
+    options = ["--task-settings", json.dumps(settings), "--problems", "6", "--window-size", "512", "30"]
+    scores = recipe("evaluate").main([base, "gsm_infinite", *options, "--output", str(tmp_path)])
+    task = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0), modes=("reverse",))
+    rows = task.dataset(6, seed=1, split="test")
+    assert {(score["L"], score["mode"], score["difficulty"]) for score in scores} == {
+        (size, "reverse", row["difficulty"]) for size in (512, 30) for row in rows
+    }
+    model, losses = LlamaForCausalLM.from_pretrained(base).eval(), []
+    for row in rows:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        losses += [model(input_ids=ids, labels=labels).loss.item()] * (labels != -100).sum().item()
+    whole, cut = (line["eval_loss"] for line in lines(tmp_path) if "eval_loss" in line)
+    assert whole == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert cut != pytest.approx(whole, rel=1e-5)
+    with pytest.raises(SystemExit, match="GSMInfinite has no field depth"):
+        recipe("evaluate").main([base, "gsm_infinite", "--task-settings", '{"depth": 2}', "--output", str(tmp_path)])
+
+
+def test_what_is_generated_is_counted_by_mode_and_operations(recipe, base, tokenizer, monkeypatch, tmp_path):
+    right = ("all_forward_1", "all_reverse_2", "last_window_reverse_2")
+
+    def say(model, rows, passes):
+        return [answer if level in right else [0] for level, _, answer in rows]
+
+    monkeypatch.setattr(GenerationEvaluation, "_generate", staticmethod(say))
+    settings = ["--task-settings", '{"ops": [1, 2], "tokens": [0, 0]}', "--problems", "40"]
+    scores = recipe("evaluate").main([base, "gsm_infinite", *settings, "--output", str(tmp_path)])
+    accuracy = {f"{s['reads']}_{s['mode']}_{s['difficulty']}": s["accuracy"] for s in scores}
+    assert len(accuracy) == len(scores) == 8
+    assert accuracy == {name: float(name in right) for name in accuracy}
+    count = {(score["mode"], score["difficulty"]): score["n"] for score in scores}
+    rows = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0)).dataset(40, seed=1, split="test")
+    assert count == Counter((row["mode"], row["difficulty"]) for row in rows)
+    assert [score["accuracy"] for score in recipe("evaluate").by_difficulty(scores, "last_window")] == [
+        0,
+        pytest.approx(count["reverse", 2] / (count["reverse", 2] + count["forward", 2])),
+    ]
+    one, two = recipe("evaluate").by_difficulty(scores)
+    assert (one["n"], two["n"]) == (count["forward", 1] + count["reverse", 1], 40 - one["n"])
+    assert one["accuracy"] == pytest.approx(count["forward", 1] / one["n"])
+    assert two["accuracy"] == pytest.approx(count["reverse", 2] / two["n"])
+    low, high = sorted({score["chance"] for score in scores if score["difficulty"] == 1})
+    assert low < one["chance"] < high
+
+
+def test_the_last_window_is_what_hard_eviction_leaves(recipe, base, tokenizer):
+    rows = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0)).dataset(20)
+    made = recipe("evaluate").generation_rows(rows, 40)
+    model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 40}).eval()
+    for row, whole, end in zip(rows, made[::2], made[1::2], strict=True):
+        assert whole["prompt_ids"] == row["input_ids"][: len(whole["prompt_ids"])]
+        assert whole["prompt_ids"][-len(end["prompt_ids"]) :] == end["prompt_ids"]
+        with torch.no_grad():
+            logits = [model(torch.tensor([made["prompt_ids"]])).logits[0, -1] for made in (whole, end)]
+        torch.testing.assert_close(*logits)
