@@ -1,6 +1,7 @@
 """SleepForCausalLM: a pretrained decoder LM that sleeps."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
@@ -25,7 +27,7 @@ from .decoders import Decoder, decoder_for
 from .hub import AUTO_MAP, TAGS, CardFacts, Repository, hub_id, is_untrained, write_model_card, write_remote_code
 from .layers import FastWeightBlock
 from .offload import compute_device
-from .sleep import Piece, Sleeper
+from .sleep import PassHook, Piece, Sleeper
 from .state import fingerprint
 
 logger = logging.get_logger(__name__)
@@ -111,6 +113,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.card, self.model_tags = CardFacts(), list(TAGS)
         self.gradient_checkpointing = False
+        self._pass_hooks: dict[int, PassHook] = OrderedDict()
         self._may_be_untrained, self._is_fresh = True, lm is not None
         if lm is None:
             self.post_init()
@@ -179,9 +182,24 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         return decoder_for(self.lm)
 
     def _sleeper(self) -> Sleeper:
-        return Sleeper(
-            self.decoder, self.fast_weights, self.config.sleep, self.gradient_checkpointing and self.training
-        )
+        checkpointing = self.gradient_checkpointing and self.training
+        hooks = tuple(self._pass_hooks.values())
+        return Sleeper(self.decoder, self.fast_weights, self.config.sleep, checkpointing, hooks)
+
+    def register_pass_hook(self, hook: PassHook) -> RemovableHandle:
+        """Watch the passes of every sleep.
+
+        Args:
+            hook: `hook(number, states)` is called after each pass over a window that sleeps, the ordinary read being
+                number 1, with the fast weights `[B, H, K, V]` that the pass left in each looped layer, a row per
+                sequence that sleeps. They are part of the graph; they must not be changed.
+
+        Returns:
+            A handle whose `remove()` ends it.
+        """
+        handle = RemovableHandle(self._pass_hooks)
+        self._pass_hooks[handle.id] = hook
+        return handle
 
     def slot_devices(self) -> list[torch.device]:
         """Where each layer's cache lives, in running order."""
@@ -304,8 +322,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             loss = None if targets is None else _summed_cross_entropy(logits, targets)
             logits = (logits[:, :columns] if in_step else logits)[:, -keep:]
         if loss is not None and targets is not None:
-            count: Any = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+            count = (targets != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            # Where there is nothing to predict the loss is 0, not 0 / 0.
+            loss = loss / count.to(loss.device).clamp(min=1)
 
         cache.columns += columns
         if past_key_values is not None:

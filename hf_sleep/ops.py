@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _NORM_EPS = 1e-6
+_gate_hooks: list[Callable[[Tensor, Tensor, Tensor | None], None]] = []
 
 
 def gated_delta_rule(
@@ -51,11 +53,23 @@ def gated_delta_rule(
 
     Source: Yang et al. 2024 (arXiv 2412.06464), Eq. 10; Lee et al. 2026 (arXiv 2605.26099), §2.
     """
+    for hook in _gate_hooks:
+        hook(g, beta, lengths)
     if q.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and backend(q.device) == "fla":
         return _fla_gated_delta_rule(q, k, v, g, beta, initial_state, lengths)
     if q.dim() == 4 and q.shape[1] == 1:
         return step_gated_delta_rule(q, k, v, g, beta, initial_state, lengths)
     return chunk_gated_delta_rule(q, k, v, g, beta, initial_state, lengths)
+
+
+@contextlib.contextmanager
+def gate_hook(hook: Callable[[Tensor, Tensor, Tensor | None], None]) -> Iterator[None]:
+    """While open, every `gated_delta_rule` of this process shows `hook` its `g`, `beta` and `lengths` first."""
+    _gate_hooks.append(hook)
+    try:
+        yield
+    finally:
+        _gate_hooks.remove(hook)
 
 
 def backend(device: torch.device) -> str:

@@ -9,7 +9,7 @@ Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from .cache import Pair, Row, SleepCache, Tensors
 from .config import SleepConfig
 from .offload import compute_device
+
+PassHook = Callable[[int, list[torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,23 @@ class Sleeper:
         blocks: fast-weight blocks by the decoder layer they follow.
         config: resolved.
         checkpointing: recompute each (window, pass) in the backward instead of keeping its activations.
+        hooks: called with the number of every pass over a window that sleeps, from 1, and the fast weights
+            `[B, H, K, V]` that it leaves in each slot of the loop.
     """
 
-    def __init__(self, decoder: Any, blocks: nn.ModuleDict, config: SleepConfig, checkpointing: bool = False):
+    def __init__(
+        self,
+        decoder: Any,
+        blocks: nn.ModuleDict,
+        config: SleepConfig,
+        checkpointing: bool = False,
+        hooks: tuple[PassHook, ...] = (),
+    ):
         self.decoder = decoder
         self.blocks: dict[str, Any] = dict(blocks.items())
         self.config = config
         self.checkpointing = checkpointing
+        self.hooks = hooks
         loop_layers = config.loop_layers or (0, len(decoder.kinds))
         self.slots, self.loop = programme(
             tuple(decoder.kinds), tuple(map(int, blocks)), loop_layers, decoder.norm_every_pass
@@ -279,18 +291,25 @@ class Sleeper:
         device = self._hidden(cache).device
         part, index = self._part(cache, rows, device)
         states = [cache.rows[b] for b in rows]
+        self._show(1, part.layers)
         if passes > 1:
             fills = [row.fill for row in states]
             retained = [row.retained for row in states]
             x = self._hidden(part)[:, : max(fills)]
             geometry = self._geometry(x, states, retained, fills, rewind=True)
             layers, start = part.layers, self._start_of_window(part, max(retained))
-            for _ in range(passes - 1):
+            for number in range(2, passes + 1):
                 x, layers = self._run(self.loop, x, self._rewind(layers, start, self.loop), geometry)
+                self._show(number, layers)
             _, layers = self._run(self.tail, x, self._rewind(layers, start, self.tail), geometry)
             part = Tensors(layers, part.window_start, None)
         layers = self._evict(part.layers, states, device)
         self._put(cache, index, Tensors(layers, self._window_start(layers), None))
+
+    def _show(self, number: int, layers: list[Pair | None]) -> None:
+        """Show the hooks what pass `number` has written."""
+        for hook in self.hooks:
+            hook(number, [pair[0] for i in self.loop if i in self.fast_slots and (pair := layers[i]) is not None])
 
     def _cut(self, cache: SleepCache, rows: list[int], device: torch.device) -> None:
         """Let no gradient pass from what `rows` read next to what they have read."""

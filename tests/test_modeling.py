@@ -244,6 +244,17 @@ def test_within_a_window_the_loss_is_the_bases(family, training):
         assert_close(model.lm.get_parameter(name).grad, parameter.grad, 1e-5, name)
 
 
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+@pytest.mark.parametrize("training", [False, True])
+def test_without_a_target_the_loss_is_zero(training, count):
+    model = sleeper().train(training)
+    ids = tokens(2 * L + 3)[None]
+    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=count).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_loss_is_the_cross_entropy_of_the_logits(training):
     """In whatever windows; labels of pads do not count, even where they are not masked."""

@@ -369,18 +369,81 @@ def test_the_state_and_the_gates_are_the_model_s(tmp_path):
     assert 1 < rank < 8
 
 
-def test_pads_are_no_part_of_the_gates():
-    model, rows = tiny(), [{"input_ids": tokens(n, n).tolist()} for n in (20, 8)]
+@pytest.mark.parametrize("family", ["llama", "jet_nemotron", "qwen3_next", "qwen3_5", "olmo_hybrid"])
+def test_pads_are_no_part_of_the_gates(family):
+    model, rows = tiny(family), [{"input_ids": tokens(n, n).tolist()} for n in (20, 8)]
     sums = []
     for batch in ([rows[0]], [rows[1]], rows):
-        with gates(model) as found, torch.no_grad():
+        with gates() as found, torch.no_grad():
             model(**SleepCollator()(batch))
         sums.append(found)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    seen = {name: list(total) for name, total in found.items()}
+    with torch.no_grad():
+        model(**SleepCollator()(rows))
+    assert found == seen
     for name, (total, count) in sums[2].items():
         assert total == pytest.approx(sums[0][name][0] + sums[1][name][0], rel=1e-5)
-        # Two layers of two heads; N = 2 reads each full window twice.
-        assert count == sums[0][name][1] + sums[1][name][1] == 4 * (20 + 18 + 8 + 6)
+        assert count == sums[0][name][1] + sums[1][name][1]
+        if family == "llama":
+            # Two layers of two heads; N = 2 reads each full window twice.
+            assert count == 4 * (20 + 18 + 8 + 6)
+
+
+@pytest.mark.parametrize("family", ["jet_nemotron", "qwen3_next", "qwen3_5", "olmo_hybrid", "ouro"])
+def test_gates_of_every_family_are_its_own(family):
+    model = tiny(family) if family == "ouro" else tiny(family, block_layers=())
+    for name, parameter in model.named_parameters():
+        if any(f"{gate}_proj" in name or f"in_proj_{gate}." in name for gate in ("a", "b", "ba")):
+            parameter.data.zero_()
+        elif name.endswith("A_log"):
+            parameter.data.fill_(math.log(2))
+        elif name.endswith("dt_bias"):
+            parameter.data.fill_(0.5)
+    with gates() as found, torch.no_grad():
+        model(tokens(20)[None])
+    means = {name: total / count for name, (total, count) in found.items()}
+    doubled = getattr(model.config.text_config, "linear_allow_neg_eigval", False)
+    assert means["mean_beta"] == (1.0 if doubled else 0.5)
+    assert means["mean_decay"] == pytest.approx(math.exp(-2 * math.log1p(math.exp(0.5))), rel=1e-6)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, tmp_path):
+    """Against autograd, through a cache that is moved on by hand; rows of different lengths, two micro-batches."""
+    rows = [{"input_ids": tokens(n, n).tolist(), "labels": tokens(n, n).tolist()} for n in (20, 14, 13, 19)]
+    model = tiny(eviction=eviction, sleep_passes=passes)
+    size, expected, scale = model.config.sleep.window_size, {}, sum(len(row["labels"]) - 1 for row in rows)
+    # By hand, row by row: the states after each pass, and the loss's gradient with respect to them.
+    for row in rows:
+        ids, cache, states, loss = torch.tensor([row["input_ids"]]), SleepCache(), [], 0.0
+        handle = model.train().register_pass_hook(lambda n, left: states.extend((n, state) for state in left))  # noqa: B023
+        logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
+        handle.remove()
+        loss = torch.nn.functional.cross_entropy(torch.cat(logits, 1)[0, :-1], ids[0, 1:], reduction="sum") / scale
+        found = torch.autograd.grad(loss, [state for _, state in states], allow_unused=True)
+        assert [n for n, _ in states[:: len(cache.fast_slots)]] == list(range(1, passes + 1)) * (
+            (len(ids[0]) - 1) // size
+        )
+        for (n, _), gradient in zip(states, found, strict=True):
+            expected[n] = expected.get(n, 0.0) + (0 if gradient is None else gradient.double().square().sum().item())
+    trainer = monitored(
+        tmp_path,
+        model,
+        rows,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        activation_checkpointing=checkpointing,
+    )
+    measured = measurements(trainer)[0]
+    names = {name for name in measured if name.startswith("gradient_norm")}
+    assert names == {f"gradient_norm_pass_{n}" for n in range(1, passes + 1)}
+    for n, square in expected.items():
+        assert measured[f"gradient_norm_pass_{n}"] == pytest.approx(math.sqrt(square), rel=1e-4), n
+        assert square > 0
+    assert not model._pass_hooks
 
 
 def test_more_passes_are_more_of_the_time(tmp_path):

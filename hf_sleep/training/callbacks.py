@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cache import SleepCache
-from ..layers.recurrence import GatedDeltaMixer
+from ..ops import gate_hook
 from .collator import IGNORED
 
 
@@ -235,7 +235,12 @@ class SleepMonitor(TrainerCallback):
     - `sleep_seconds`: spent in passes 2 to N and eviction; `sleep_share`: of the whole read (forward only);
     - `fast_weight_norm`: Frobenius norm of a head's state at the end; `fast_weight_rank`: its effective rank, exp of
       the entropy of its normalised singular values; means over rows, layers and heads;
-    - `mean_decay`, `mean_beta`: α and β over all tokens and passes, of injected blocks and Jet layers.
+    - `mean_decay`, `mean_beta`: α and β over all tokens and passes, of all layers with fast weights.
+
+    And of the last training step, on this process:
+
+    - `gradient_norm_pass_1`, ..., `gradient_norm_pass_N`: of the loss, with respect to the fast weights that the
+      n-th pass left in the looped layers, over all windows that slept (the ordinary read is pass 1).
 
     Args:
         trainer: whose `log` reports it.
@@ -249,16 +254,30 @@ class SleepMonitor(TrainerCallback):
         self.trainer, self.every, self.rows = trainer, every, rows
         self._logs = 0
         self._batch: dict[str, Any] = {}
-        self._handle: Any = None
+        self._squares: dict[int, torch.Tensor] = {}
+        self._handles: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_sharded(model, "SleepMonitor", "Leave it out")
         self.on_train_end(args, state, control)
-        self._handle = model.register_forward_pre_hook(self._keep_batch, with_kwargs=True)
+        self._handles = [model.register_forward_pre_hook(self._keep_batch, with_kwargs=True)]
+        self._handles.append(model.register_pass_hook(self._watch))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._squares.clear()
+
+    def _watch(self, number: int, states: list[torch.Tensor]) -> None:
+        def add(gradient: torch.Tensor) -> None:
+            square = gradient.double().square().sum().to(states[0].device)
+            self._squares[number] = self._squares.get(number, 0.0) + square
+
+        for state in states:
+            if state.requires_grad:
+                state.register_hook(add)
 
     def _keep_batch(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         if module.training:
@@ -269,7 +288,8 @@ class SleepMonitor(TrainerCallback):
             return
         self._logs += 1
         if self._logs % self.every == 0:
-            self.trainer.log(self.measure(model))
+            gradients = {f"gradient_norm_pass_{n}": self._squares[n].sqrt().item() for n in sorted(self._squares)}
+            self.trainer.log(self.measure(model) | gradients)
 
     @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
@@ -277,7 +297,7 @@ class SleepMonitor(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            with gates(model) as sums:
+            with gates() as sums:
                 self._read(model)
             metrics, cache = self._read(model)
         finally:
@@ -331,27 +351,21 @@ def refuse_sharded(model: nn.Module, who: str, instead: str) -> None:
 
 
 @contextmanager
-def gates(model: nn.Module) -> Iterator[dict[str, list[float]]]:
+def gates() -> Iterator[dict[str, list[float]]]:
     """Adds up α and β of all real tokens while it is open: sum and count of each."""
     sums: dict[str, list[float]] = {}
 
-    def look(mixer: Any, inputs: tuple) -> None:
-        x, _, lengths = inputs
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    def look(g: torch.Tensor, beta: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        real = torch.ones(g.shape[:2], dtype=torch.bool, device=g.device)
         if lengths is not None:
-            real = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-        for name, gate in (("mean_decay", mixer.decay(x).exp()), ("mean_beta", mixer.b_proj(x).sigmoid())):
+            real = torch.arange(g.shape[1], device=g.device) < lengths.unsqueeze(1)
+        for name, gate in (("mean_decay", g.exp()), ("mean_beta", beta)):
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += gate[real].sum().item()
             total[1] += gate[real].numel()
 
-    mixers = [module for module in model.modules() if isinstance(module, GatedDeltaMixer)]
-    handles = [mixer.register_forward_pre_hook(look) for mixer in mixers]
-    try:
+    with gate_hook(look):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _now(device: torch.device) -> float:

@@ -184,9 +184,6 @@ class SleepTrainer(Trainer):
     ) -> Any:
         if model.training and self.args.backprop_windows is not None:
             inputs = {**inputs, "backprop_windows": self.args.backprop_windows}
-        if num_items_in_batch is not None:
-            # A step whose rows have no label has a loss of 0, not 0 / 0.
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _optimizer_is_ours(self) -> bool:
