@@ -1,6 +1,7 @@
 """What a checkpoint needs on the Hub: a card that writes itself, a file that points to this package, and the push."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -72,6 +73,7 @@ class CardFacts:
         data: what the model was trained on, a sentence or two of Markdown.
         metrics: a dictionary per measured number, with `task`, `difficulty`, `N` (sleep passes), `accuracy` and
             `chance` (both from 0 to 1) and `n` (examples).
+        usage: Python that uses `model`, for one that reads no text; by default it continues a text.
 
     Raises:
         ValueError: a metric that lacks something, or a share that is none.
@@ -79,6 +81,7 @@ class CardFacts:
 
     data: str = ""
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    usage: str = ""
 
     def __post_init__(self) -> None:
         for i, metric in enumerate(self.metrics):
@@ -184,6 +187,7 @@ def model_card(
         name=name,
         base_text=_base_text(config, repo_id),
         tokenizer=repo_id or name,
+        usage=facts.usage.strip(),
         version=__version__,
         sleep=config.sleep,
         only_sleep=config.only_sleep,
@@ -249,7 +253,9 @@ def is_untrained(weights: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _licence_text(config: SleepLMConfig, licence: Mapping[str, Any]) -> str:
-    if "license" not in licence:
+    if config.base_model_name_or_path is None:
+        text = "None is stated here: the model was built from scratch, so it is for those who share it to choose one."
+    elif "license" not in licence:
         text = (
             "None is stated here, as the base model's licence is not known to the program that wrote this card. It "
             "binds this model too: look it up before you use or share it."
@@ -301,6 +307,19 @@ def write_remote_code(folder: str | os.PathLike) -> None:
     """Write the file that `AUTO_MAP` points to; makes the folder where it is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
+
+
+def forget_folders(folder: str | os.PathLike) -> None:
+    """Leave folders of this machine out of a checkpoint's config.json: they mean nothing elsewhere."""
+    path = Path(folder, "config.json")
+    if not path.exists():
+        return  # an adapter alone
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if hub_id(config.get("base_model_name_or_path")) is None:
+        config["base_model_name_or_path"] = None
+    if hub_id(config["text_config"].get("_name_or_path")) is None:
+        config["text_config"].pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class Repository:

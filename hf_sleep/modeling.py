@@ -24,7 +24,17 @@ from transformers.utils import logging
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
-from .hub import AUTO_MAP, TAGS, CardFacts, Repository, hub_id, is_untrained, write_model_card, write_remote_code
+from .hub import (
+    AUTO_MAP,
+    TAGS,
+    CardFacts,
+    Repository,
+    forget_folders,
+    hub_id,
+    is_untrained,
+    write_model_card,
+    write_remote_code,
+)
 from .layers import FastWeightBlock
 from .offload import compute_device
 from .sleep import PassHook, Piece, Sleeper
@@ -670,6 +680,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         card = {"tags": tags or (), "download": True, "token": token}
         with TemporaryDirectory() as folder:
             self._save(folder, hub.repo_id, only_sleep, state_dict, card, **kwargs)
+            forget_folders(folder)
             return hub.push(folder, commit_message, commit_description)
 
     @classmethod

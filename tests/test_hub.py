@@ -472,7 +472,7 @@ def test_a_card_says_what_the_model_is(family, tmp_path):
         f"| parameters added | {added:,} ({100 * added / whole:.2f} % of the base's {whole:,}) |",
         "\nStrings of zeros and ones.\n",
         "| Rule 110 | 4 | 2 | 0.875 | 0.500 | 200 |\n| Rule 110 | 4 | 1 | 0.600 | 0.500 | 200 |\n",
-        "licence is not known",
+        "None is stated here: the model was built from scratch",
     ):
         assert line in card.content, line
     assert ("research and evaluation only" in card.text) is (family == "jet_nemotron")
@@ -516,6 +516,17 @@ def test_the_snippet_in_a_card_runs(pushed, hub, on_hub, tmp_path, monkeypatch, 
         card = (tmp_path / "asleep" / "README.md").read_text()
     exec(snippet(card), {})
     assert len(capsys.readouterr().out.split()) == 5 + 32
+
+
+def test_a_model_that_reads_no_text_has_a_snippet_of_its_own(tmp_path, monkeypatch, capsys):
+    model = make_model("llama", sleep_config("llama"))
+    model.card = CardFacts(usage="import torch\n\nprint(model(torch.tensor([[1, 2, 3]])).logits.shape[1])\n")
+    model.save_pretrained(tmp_path / "asleep")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "asleep" / "README.md").read_text()
+    assert "tokenizer" not in card
+    exec(snippet(card), {})
+    assert capsys.readouterr().out == "3\n"
 
 
 def test_a_card_is_replaced_until_a_person_touches_it(tmp_path):
@@ -627,6 +638,16 @@ def test_a_folder_of_this_machine_is_not_named_in_a_card(tmp_path):
     model = AutoModelForSleepLM.from_pretrained(tmp_path / "secret-project", sleep=sleep_config("llama"))
     model.save_pretrained(tmp_path / "asleep")
     assert "secret-project" not in card_of(tmp_path / "asleep").content
+    assert "licence is not known" in card_of(tmp_path / "asleep").text
+
+
+def test_a_folder_of_this_machine_is_not_pushed(hub, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "secret-project")
+    model = AutoModelForSleepLM.from_pretrained(tmp_path / "secret-project", sleep=sleep_config("llama"))
+    model.push_to_hub("me/asleep")
+    assert model.config.base_model_name_or_path == str(tmp_path / "secret-project")
+    for name, content in hub.files("me/asleep").items():
+        assert b"secret-project" not in content, name
 
 
 # The file that points to this package.
