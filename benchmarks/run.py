@@ -2,7 +2,7 @@
 
 Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with any id or folder), the
 timed things in turn, so that a drift of the machine's speed hits all of them. Memory in training is counted exactly,
-tensor by tensor.
+tensor by tensor; the speed of training is training.py's.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,10 @@ from unittest import mock
 
 import bench_ops
 import torch
-from rich.console import Console
-from rich.table import Table
+from report import Report, console, in_turn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import training
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -29,43 +28,6 @@ from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
 from hf_sleep.decoders import Decoder
 
 WINDOW = 512
-console = Console(width=120)
-
-
-class Report:
-    """Rows of measured figures beside what they must be."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-
-    def add(self, what: str, measured: float, relation: str, target: float, detail: str) -> None:
-        met = measured <= target if relation == "<=" else measured >= target
-        self.rows.append(
-            {"what": what, "measured": measured, "target": f"{relation} {target}", "met": met, "detail": detail}
-        )
-        console.print(f"{what}: {measured:.3f} (target {relation} {target}; {detail})", highlight=False)
-
-    def table(self) -> Table:
-        table = Table(title="Ratios of medians, one run", show_lines=True)
-        for column in ("what", "measured", "target", "met", "from"):
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(
-                row["what"], f"{row['measured']:.3f}", row["target"], "yes" if row["met"] else "NO", row["detail"]
-            )
-        return table
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def in_turn(functions: list[Callable[[], object]], turns: int) -> list[float]:
-    """Median seconds of each, timed one after the other in every turn."""
-    times = [[seconds(function) for function in functions] for _ in range(turns)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -297,6 +259,7 @@ def main() -> None:
         decoded_window(model, report, turns)
     operators(report, arguments.quick)
     training_memory(report)
+    training(report, arguments.quick)
     console.print(report.table())
     if arguments.json:
         arguments.json.write_text(json.dumps(report.rows, indent=1))
