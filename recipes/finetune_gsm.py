@@ -6,12 +6,13 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/finetune_gsm
 
 The question comes first, there is no chain of thought, and the loss is on the answer alone. By default only the new
 blocks are trained, at learning rates that are too high for a whole model. Answers are generated before and after,
-also from the last window alone: what is above that and above chance (the commonest answer) was remembered. Writes
-config.json, metrics.jsonl, results.json, accuracy.png and the model.
+also from the last window alone: what is above that and above chance (the commonest answer) was remembered. With
+--minutes a run can be done in parts: the same command with --resume goes on. Writes config.json, metrics.jsonl,
+results.json, accuracy.png and the model.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), the GSM-Infinite experiment, for the presets. Steps, and how they are
-shared out between the sliding preset's stages (the paper counts epochs), are ours. A preset's batch is 256 rows on one
-process: divide --gradient-accumulation-steps by the number of processes.
+shared out between a sliding preset's stages (the paper counts epochs), are ours, as are SmolLM2's model and lengths. A
+preset's batch is 256 rows on one process: divide --gradient-accumulation-steps by the number of processes.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from evaluate import by_difficulty, generation_rows, generation_scores, plot, table
 from from_scratch import parse
-from run_folder import RunFolder
+from run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
 from transformers import AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
 from hf_sleep.data import GSMInfinite
@@ -62,8 +63,19 @@ OURO = PAPER | {
     "block_head_dim": 96,
     "eval_passes": [1, 4],
 }
+# The paper's sliding setting at a quarter of its lengths, so that a row has as many windows.
+SMOLLM2 = PAPER | {
+    "tokens": [500, 825],
+    "window_size": 128,
+    "num_blocks": 6,
+    "batch_size": 128,
+    "gradient_accumulation_steps": 2,
+    "steps": 300,
+}
 PRESETS = {
     "small": {},
+    "smollm2": SMOLLM2,
+    "smollm2-sliding": SMOLLM2 | {"eviction": "sliding", "hard_warmup_steps": 100},
     "paper-jet-nemotron": PAPER
     | {"model": "jet-ai/Jet-Nemotron-2B", "sleep_passes": 6, "loop_layers": [7, 21], "eval_passes": [1, 6]},
     "paper-ouro": OURO,
@@ -71,7 +83,7 @@ PRESETS = {
 }
 SLEEP_FIELDS = (
     *("window_size", "sleep_passes", "eviction", "num_sink_tokens"),
-    *("loop_layers", "block_num_heads", "block_head_dim"),
+    *("loop_layers", "num_blocks", "block_num_heads", "block_head_dim"),
 )
 
 
@@ -85,6 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eviction", choices=("hard", "sliding"), default="hard")
     add("--num-sink-tokens", type=int, default=0, help="first tokens that are never evicted (default: %(default)s)")
     add("--loop-layers", type=int, nargs=2, help="layers a to b - 1 run N times (default: the base's)")
+    add("--num-blocks", type=int, help="new blocks, evenly spaced (default: one per four layers; none in a hybrid)")
     add("--block-num-heads", type=int, help="of a new block (default: a third of the width)")
     add("--block-head-dim", type=int, help="of a new block (default: the base's)")
     add("--ops", type=int, nargs=2, default=[1, 4], help="fewest and most operations (default: 1 4)")
@@ -101,7 +114,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval-passes", type=int, nargs="+", help="each N to generate with (default: --sleep-passes)")
     add("--eval-problems", type=int, default=160, help="test problems (default: %(default)s)")
     add("--save-steps", type=int, default=0, help="steps between checkpoints; 0: none (default)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--minutes", type=float, help="save and stop when the process is so old (default: never)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
     add("--report-to", nargs="+", default=["none"], help="as in transformers: tensorboard, wandb, ...")
     add("--push-to-hub", metavar="REPOSITORY", help="push the trained model there")
     add("--seed", type=int, default=0)
@@ -143,6 +157,8 @@ def training_arguments(options: argparse.Namespace, folder: Path, eval_on_start:
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or options.steps,
         save_total_limit=2,
+        # The stream begins where the checkpoint was written.
+        ignore_data_skip=True,
         # Rows differ in length, so each process pads its own batches.
         accelerator_config={"dispatch_batches": False},
         use_cpu=not torch.accelerator.is_available(),
@@ -155,34 +171,49 @@ def training_arguments(options: argparse.Namespace, folder: Path, eval_on_start:
     )
 
 
-def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    options = parse_arguments(arguments)
-    set_seed(options.seed)
-    run = RunFolder(options.output, {k: v for k, v in vars(options).items() if k != "resume"}, options.resume)
-    folder = run.path / "model"
-    last = get_last_checkpoint(str(folder)) if options.resume and folder.exists() else None
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    task = GSMInfinite(tokenizer, ops=tuple(options.ops), tokens=tuple(options.tokens), window_size=options.window_size)
-    rows = task.dataset(options.eval_problems, seed=options.seed, split="test")
-    passes = options.eval_passes or [options.sleep_passes]
+def make_trainer(
+    options: argparse.Namespace, run: RunFolder, task: GSMInfinite, rows: Dataset, done: int, budget: TimeBudget
+) -> SleepTrainer:
+    """The trainer with all of its callbacks, for a run of which `done` steps are behind it."""
+    arguments = training_arguments(options, run.path / "model", eval_on_start=done == 0)
+    size = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
     trainer = SleepTrainer(
         load(options),
-        training_arguments(options, folder, eval_on_start=last is None),
-        train_dataset=task.stream(seed=options.seed),
+        arguments,
+        train_dataset=task.stream(seed=options.seed, start=done * size),
         eval_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=task.tokenizer,
         task=task,
-        callbacks=[run],
+        callbacks=[run, budget],
     )
+    passes = tuple(options.eval_passes or [options.sleep_passes])
     reads = generation_rows(rows, options.window_size)
-    trainer.add_callback(Generation(trainer, reads, tuple(passes), options.batch_size))
+    trainer.add_callback(Generation(trainer, reads, passes, options.batch_size))
     if options.hard_warmup_steps:
         trainer.add_callback(HardEvictionWarmup(steps=options.hard_warmup_steps))
     if not trainer.is_fsdp_enabled:
         trainer.add_callback(NonFiniteGuard())
         trainer.add_callback(SleepMonitor(trainer))
+    return trainer
 
-    trainer.train(resume_from_checkpoint=last)
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    options = parse_arguments(arguments)
+    set_seed(options.seed)
+    run = RunFolder(options.output, vars(options), options.resume)
+    folder = run.path / "model"
+    last, done = last_checkpoint(folder)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    task = GSMInfinite(tokenizer, ops=tuple(options.ops), tokens=tuple(options.tokens), window_size=options.window_size)
+    rows = task.dataset(options.eval_problems, seed=options.seed, split="test")
+    passes = options.eval_passes or [options.sleep_passes]
+    budget = TimeBudget(options.minutes)
+    trainer = make_trainer(options, run, task, rows, done, budget)
+    train_on(trainer, last)
+    if budget.stopped:
+        if run.writes:
+            print(budget.stopped)
+        return {}
     # Evaluating before train() would leave the model unwrapped: DDP would not share gradients, and not say so.
     logged = {key: value for logs in trainer.state.log_history if logs["step"] == 0 for key, value in logs.items()}
     measured = {"before": logged, "after": trainer.evaluate()}

@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import shutil
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from run_folder import RunFolder, mean_and_spread
+from run_folder import RunFolder, TimeBudget, last_checkpoint, mean_and_spread, train_on
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from hf_sleep import SleepConfig, SleepForCausalLM
@@ -108,6 +110,8 @@ def argument_parser(description: str, **defaults: Any) -> argparse.ArgumentParse
     parser.add_argument("--test-rows", type=int, default=1024)
     parser.add_argument("--evaluations", type=int, default=8, help="during each training")
     parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
+    parser.add_argument("--minutes", type=float, help="save and stop when the process is so old (default: never)")
+    parser.add_argument("--resume", action="store_true", help="go on with what --output holds, if anything")
     parser.add_argument("--output", type=Path, required="output" not in defaults)
     parser.set_defaults(**defaults)
     return parser
@@ -127,8 +131,8 @@ class ProgressLine(TrainerCallback):
         self.label, self.difficulty, self.began, self.last = label, difficulty, time.monotonic(), -1
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if state.global_step == self.last:
-            return  # the same model at other N
+        if state.global_step == self.last or not state.is_world_process_zero:
+            return  # the same model at other N, or another rank's turn to print
         self.last = state.global_step
         scores = "  ".join(f"{self.difficulty}={d} {score:.2f}" for d, score in by_difficulty(metrics).items())
         seconds = time.monotonic() - self.began
@@ -151,13 +155,9 @@ def by_difficulty(metrics: dict[str, float]) -> dict[int, float]:
     return {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
 
 
-def train(options: argparse.Namespace, task: Task, passes: int, seed: int, run: RunFolder, difficulty: str) -> dict:
-    """One model: its accuracy by difficulty, at its own N and at the others asked for, and the seconds it took."""
-    shape = {name: getattr(options, name) for name in ("layers", "hidden_size", "heads", "block_kind")}
-    model = hybrid(task.vocab_size, task.window_size, passes, **shape, seed=seed)
-    name = f"N{passes}-seed{seed}"
-    arguments = SleepTrainingArguments(
-        output_dir=str(run.path / name),
+def training_arguments(options: argparse.Namespace, folder: Path, seed: int) -> SleepTrainingArguments:
+    return SleepTrainingArguments(
+        output_dir=str(folder),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
@@ -170,38 +170,85 @@ def train(options: argparse.Namespace, task: Task, passes: int, seed: int, run: 
         eval_steps=max(1, options.steps // options.evaluations),
         logging_steps=max(1, options.steps // 20),
         save_strategy="no",
+        save_total_limit=1,
+        # The stream begins where the checkpoint was written.
+        ignore_data_skip=True,
         report_to=[],
         disable_tqdm=True,
-        bf16=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        # Where there is no accelerator: without it, processes on CPUs would each train alone.
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+        bf16=torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
         seed=seed,
     )
+
+
+def train(
+    options: argparse.Namespace, task: Task, passes: int, seed: int, run: RunFolder, difficulty: str
+) -> dict | None:
+    """One model: its accuracy by difficulty, at its own N and at the others asked for, and the seconds it took.
+
+    It goes on from its last checkpoint, if there is one. `None`: the minutes were used up before it was evaluated.
+    """
+    name, label = f"N{passes}-seed{seed}", f"N = {passes}, seed {seed}"
+    folder = run.path / name
+    last, done = last_checkpoint(folder)
+    shape = {key: getattr(options, key) for key in ("layers", "hidden_size", "heads", "block_kind")}
+    model = hybrid(task.vocab_size, task.window_size, passes, **shape, seed=seed)
+    arguments, budget = training_arguments(options, folder, seed), TimeBudget(options.minutes)
     trainer = SleepTrainer(
         model,
         arguments,
-        train_dataset=task.stream(seed=seed),
+        train_dataset=task.stream(seed=seed, start=done * options.batch_size * arguments.world_size),
         eval_dataset=task.dataset(options.test_rows, seed=1, split="test"),
         task=task,
-        callbacks=[ProgressLine(f"N = {passes}, seed {seed}", difficulty), Tagged(run, name)],
+        callbacks=[ProgressLine(label, difficulty), Tagged(run, name), budget],
     )
     trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - began
+    train_on(trainer, last)
+    run.record(model=name, step=trainer.state.global_step, seconds=time.monotonic() - began)
+    if budget.stopped:
+        if run.writes:
+            print(f"{label}: {budget.stopped}", flush=True)
+        return None
+    scores = evaluate(trainer, passes, options.eval_passes)
+    if run.writes:
+        model.card = card(options, task, scores)
+        model.save_pretrained(folder)
+    logs = map(json.loads, run.metrics.read_text().splitlines())
+    seconds = sum(row.get("seconds", 0.0) for row in logs if row["model"] == name)
+    return {"sleep_passes": passes, "seed": seed, "seconds": seconds, "accuracy": scores}
+
+
+def evaluate(trainer: SleepTrainer, passes: int, others: list[int]) -> dict[int, dict[int, float]]:
+    """Accuracy by difficulty, at the model's own N and at others."""
     scores = {passes: by_difficulty(trainer.evaluate())}
-    for other in options.eval_passes:
-        model.config.sleep.sleep_passes = other
+    for other in others:
+        trainer.model.config.sleep.sleep_passes = other
         scores[other] = by_difficulty(trainer.evaluate())
-    model.config.sleep.sleep_passes = passes
+    trainer.model.config.sleep.sleep_passes = passes
+    return scores
+
+
+def card(options: argparse.Namespace, task: Task, scores: dict[int, dict[int, float]]) -> CardFacts:
+    """What the model's card says of data, results and use."""
+    usage = f"""import torch
+from hf_sleep.data import {type(task).__name__}
+
+task = {task}
+row = task.example(7, "test")
+said = model(torch.tensor([row["input_ids"]])).logits[0].argmax(-1)
+print(task.score(said.tolist(), row))  # difficulty and whether it is right, for every answer
+"""
     rows = {"task": type(task).__name__, "n": options.test_rows}
     metrics = [
         rows | {"difficulty": d, "N": n, "accuracy": score, "chance": task.chance(d)}
         for n, accuracy in scores.items()
         for d, score in accuracy.items()
     ]
-    model.card = CardFacts(f"{task}, {options.steps} steps of {options.batch_size} rows.", metrics)
-    model.save_pretrained(run.path / name)
-    return {"sleep_passes": passes, "seed": seed, "seconds": seconds, "accuracy": scores}
+    return CardFacts(f"{task}, {options.steps} steps of {options.batch_size} rows.", metrics, usage)
 
 
 def table(results: list[dict], task: Task, difficulty: str) -> str:
@@ -218,15 +265,33 @@ def table(results: list[dict], task: Task, difficulty: str) -> str:
     return "\n".join(lines)
 
 
+def finished(file: Path) -> list[dict]:
+    """What an earlier run wrote to results.json, with N and difficulties as the numbers that JSON's keys are not."""
+    if not file.exists():
+        return []
+    return json.loads(file.read_text(), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
+
+
 def compare(options: argparse.Namespace, task: Task, difficulty: str) -> list[dict]:
-    """Train a model per seed and N; print and write a table, a plot and every model."""
+    """Train a model per seed and N, as far as the minutes go; print and write a table, a plot and every model."""
     torch.set_num_threads(options.threads)
-    run = RunFolder(options.output, vars(options))
-    results: list[dict] = []
-    for seed in options.seeds:
-        for passes in options.sleep_passes:
-            results.append(train(options, task, passes, seed, run, difficulty))
-            (run.path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    run = RunFolder(options.output, vars(options), options.resume)
+    file = run.path / "results.json"
+    results = finished(file)
+    done = [(result["seed"], result["sleep_passes"]) for result in results]
+    for seed, passes in product(options.seeds, options.sleep_passes):
+        if (seed, passes) in done:
+            continue
+        result = train(options, task, passes, seed, run, difficulty)
+        if result is None:
+            break
+        results.append(result)
+        if run.writes:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            for checkpoint in (run.path / f"N{passes}-seed{seed}").glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+    if not results or not run.writes:
+        return results
     scores: dict[str, dict[int, list[float]]] = {}
     for result in results:
         line = scores.setdefault(f"N = {result['sleep_passes']}", {})

@@ -1,4 +1,4 @@
-"""What every recipe leaves behind: a folder with config.json, metrics.jsonl, accuracy.png and a model card."""
+"""What every recipe leaves behind, a folder with config.json, metrics.jsonl and accuracy.png; and how a run goes on."""
 
 import json
 import math
@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import psutil
 import torch
+import torch.distributed as dist
 import transformers
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_sleep
 
 plt.switch_backend("agg")
+
+# These may be others when a run goes on.
+NOT_COMPARED = ("output", "threads", "minutes", "resume")
 
 
 class RunFolder(TrainerCallback):
@@ -42,8 +48,9 @@ class RunFolder(TrainerCallback):
             if not resume:
                 raise SystemExit(f"{path} holds a run already: choose another --output, or go on with --resume")
             before = json.loads(config.read_text())["settings"]
+            compared = [key for key in settings if key not in NOT_COMPARED]
             if changed := {
-                key: (before.get(key), settings[key]) for key in settings if before.get(key) != settings[key]
+                key: (before.get(key), settings[key]) for key in compared if before.get(key) != settings[key]
             }:
                 raise SystemExit(f"{path} was begun with other settings, {changed} (then, now): use a new --output")
         versions = {m.__name__: m.__version__ for m in (torch, transformers, hf_sleep)}
@@ -84,6 +91,61 @@ class RunFolder(TrainerCallback):
         figure.savefig(file, dpi=150)
         plt.close(figure)
         return file
+
+
+class TimeBudget(TrainerCallback):
+    """Saves a checkpoint and stops training after the first step that ends when the process is so many minutes old.
+
+    Imports and evaluations count, on whichever rank is the oldest; all ranks stop together. The last step is saved too,
+    early or late, so that what follows training may be interrupted.
+
+    Args:
+        minutes: `None`: nothing is saved or stopped.
+
+    Attributes:
+        stopped: what to tell the user, empty while there is time.
+    """
+
+    def __init__(self, minutes: float | None):
+        self.minutes, self.stopped = minutes, ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.minutes is None:
+            return
+        over = process_seconds() >= 60 * self.minutes
+        if dist.is_initialized():
+            anyone = torch.tensor(int(over), device=args.device)
+            dist.all_reduce(anyone, dist.ReduceOp.MAX)
+            over = bool(anyone)
+        if over:
+            self.stopped = (
+                f"stopped at step {state.global_step} of {state.max_steps}, after {self.minutes:g} minutes: the same "
+                "command with --resume goes on"
+            )
+            control.should_log = control.should_training_stop = True
+        control.should_save |= over or state.global_step == state.max_steps
+
+
+def process_seconds() -> float:
+    """How long ago this process was started."""
+    return time.time() - psutil.Process().create_time()
+
+
+def last_checkpoint(folder: Path) -> tuple[str | None, int]:
+    """The Trainer's last checkpoint in `folder` and the optimizer steps behind it; `None` and 0 where there is none."""
+    last = get_last_checkpoint(str(folder)) if folder.exists() else None
+    return last, int(last.rpartition("-")[2]) if last else 0
+
+
+def train_on(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train to the last step, from a checkpoint if there is one."""
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
+    if state.global_step < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    # From a checkpoint of the last step `Trainer.train` would train one step more.
+    trainer.state = state
+    trainer.model.load_state_dict(hf_sleep.SleepForCausalLM.from_pretrained(checkpoint).state_dict())
 
 
 def mean_and_spread(values: list[float]) -> str:

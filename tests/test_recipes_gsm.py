@@ -110,6 +110,28 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_weights(recipe, base, tm
     assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3, 4, 3, 4]
 
 
+@pytest.mark.parametrize("stage", ["", "--whole-model --hard-warmup-steps 2 --eviction sliding"])
+def test_a_run_in_parts_ends_as_one_in_one_piece(recipe, base, stage, tmp_path, capsys):
+    main, whole, parts = recipe("finetune_gsm").main, tmp_path / "whole", tmp_path / "parts"
+    options = ["--model", base, *QUICK, "--steps", "3", "--gradient-accumulation-steps", "2", *stage.split()]
+    expected = main([*options, "--output", str(whole)])
+    options += ["--resume", "--output", str(parts)]
+    for step in (1, 2, 3):
+        assert main([*options, "--minutes", "0"]) == {}
+        assert (
+            f"stopped at step {step} of 3, after 0 minutes: the same command with --resume" in capsys.readouterr().out
+        )
+    assert not (parts / "results.json").exists()
+    assert {line["step"] for line in lines(parts) if "eval_loss" in line} == {0}
+    assert main([*options, "--minutes", "1e6"]) == expected
+    assert [line["loss"] for line in lines(parts) if "loss" in line] == [
+        line["loss"] for line in lines(whole) if "loss" in line
+    ]
+    weights, again = (load_file(folder / "model" / "model.safetensors") for folder in (whole, parts))
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
 @pytest.mark.parametrize("stage", ["--no-whole-model", "--whole-model --hard-warmup-steps 2 --eviction sliding"])
 def test_what_is_not_to_be_trained_stays(recipe, base, stage, tmp_path):
     options = ["--model", base, *QUICK, "--learning-rate", "0.1", *stage.split(), "--output", str(tmp_path)]
@@ -131,15 +153,11 @@ def test_two_processes_train_as_one_and_write_once(recipe, base, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", "recipes/accelerate/cpu.yaml", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "recipes/finetune_gsm.py", *options, "--batch-size", "2", "--output", str(tmp_path / "two")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command += ["recipes/finetune_gsm.py", *options, "--batch-size", "2", "--output", str(tmp_path / "two")]
+    for more in (["--minutes", "0"], ["--resume"]):
+        done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("stopped at step") == more.count("--minutes")
     assert done.stdout.count("| chance |") == 1
     one, two = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
     assert [line["step"] for line in two] == [1, 2]

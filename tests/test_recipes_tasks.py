@@ -1,16 +1,26 @@
 """The recipes that train small hybrids from scratch, run for a few steps, and what they leave behind."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
 from hf_sleep import SleepForCausalLM
 from hf_sleep.data import Depo, KHop, Rule110
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+MAX = dist.ReduceOp.MAX
 QUICK = ["--steps", "4", "--batch-size", "8", "--test-rows", "32", "--evaluations", "2", "--sleep-passes", "1", "2"]
 
 
@@ -29,7 +39,7 @@ def recipe(monkeypatch):
         ("train_depo", "--max-nodes 6 --layers 2"),
     ],
 )
-def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more, tmp_path, capsys):
+def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     results = recipe(name).main([*QUICK, *more.split(), "--output", str(folder)])
     seeds = [0, 1] if "--seeds" in more else [0]
@@ -46,9 +56,40 @@ def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more,
     for n in (1, 2):
         model = SleepForCausalLM.from_pretrained(folder / f"N{n}-seed0")
         assert model.config.sleep.sleep_passes == n
-        assert "| accuracy" in (folder / f"N{n}-seed0" / "README.md").read_text().lower()
+        card = (folder / f"N{n}-seed0" / "README.md").read_text()
+        assert "| accuracy" in card.lower()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(snippet, {})
+    assert re.search(r"\[\(\d+, (True|False)\)", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="holds a run already: choose another --output"):
         recipe(name).main([*QUICK, "--output", str(folder)])
+
+
+def test_two_processes_train_as_one_and_write_once(recipe, tmp_path):
+    options = [*QUICK, "--evaluations", "1"]
+    recipe("train_khop").main([*options, "--output", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", "recipes/accelerate/cpu.yaml", "--main_process_port", "0", "recipes/train_khop.py"]
+    done = subprocess.run(
+        [*command, *options, "--batch-size", "4", "--output", str(tmp_path / "two")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| chance |") == 1
+    assert done.stdout.count("step     4/4") == 2
+    losses = []
+    for name in ("one", "two"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    one, two = (sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in ("one", "two"))
+    assert one == two
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_models_that_are_compared_start_alike(recipe):
@@ -106,3 +147,102 @@ def test_a_run_goes_on_only_with_the_settings_it_began_with(recipe, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(SystemExit, match=r"begun with other settings, \{'steps': \(4, 5\)\}"):
         folder(tmp_path / "run", {"steps": 5}, resume=True)
+    for minutes in (None, 8.0):
+        folder(tmp_path / "run", {"steps": 4, "minutes": minutes, "resume": True}, resume=True)
+
+
+def without_seconds(results):
+    return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+def test_a_comparison_in_parts_ends_as_one_in_one_piece(recipe, tmp_path, capsys):
+    main, whole, parts = recipe("train_khop").main, tmp_path / "whole", tmp_path / "parts"
+    options = [*QUICK, "--eval-passes", "3"]
+    expected = main([*options, "--output", str(whole)])
+    capsys.readouterr()
+    in_parts = [*options, "--resume", "--output", str(parts)]
+    told = []
+    for _ in range(5):
+        results = main([*in_parts, "--minutes", "0"])
+        told += re.findall(r"N = \d, seed 0: stopped at step \d of 4", capsys.readouterr().out)
+    # The fifth evaluates the model that the fourth had finished, and begins the other.
+    assert [line[4] + line[-6] for line in told] == ["11", "12", "13", "14", "21"]
+    assert without_seconds(results) == without_seconds(expected)[:1]
+    assert main([*in_parts, "--minutes", "1e6"]) == main(in_parts) == json_results(parts)
+    assert without_seconds(main(in_parts)) == without_seconds(expected)
+    logs = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    for n in (1, 2):
+        name = f"N{n}-seed0"
+        final, again = (load_file(folder / name / "model.safetensors") for folder in (whole, parts))
+        assert final.keys() == again.keys()
+        assert all(torch.equal(again[key], tensor) for key, tensor in final.items())
+        assert not list((parts / name).glob("checkpoint-*"))
+        runs = [row["seconds"] for row in logs if row["model"] == name and "seconds" in row]
+        # Four that trained a step each and one that only evaluated; one step, then three.
+        assert len(runs) == {1: 5, 2: 2}[n]
+        assert json_results(parts)[n - 1]["seconds"] == sum(runs) > 0
+
+
+def json_results(folder):
+    return import_module("from_scratch").finished(folder / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "age", "others", "step", "stops", "saves"),
+    [
+        (None, 1e9, False, 5, False, False),
+        (8, 479, False, 3, False, False),
+        (8, 479, False, 5, False, True),
+        (8, 480, False, 3, True, True),
+        (8, 0, True, 3, True, True),
+    ],
+)
+def test_the_oldest_process_stops_all(recipe, monkeypatch, minutes, age, others, step, stops, saves):
+    module = recipe("run_folder")
+    monkeypatch.setattr(module, "process_seconds", lambda: age)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda over, op: over.clamp_(min=int(others)) if op is MAX else None)
+    budget, control = module.TimeBudget(minutes), SimpleNamespace(should_training_stop=False, should_save=False)
+    state = SimpleNamespace(global_step=step, max_steps=5)
+    budget.on_step_end(SimpleNamespace(device=torch.device("cpu")), state, control)
+    assert (control.should_training_stop, control.should_save) == (stops, saves)
+    assert bool(budget.stopped) == stops
+
+
+def test_a_process_is_as_old_as_its_imports(recipe):
+    assert 0.5 < recipe("run_folder").process_seconds() < 86_400
+
+
+def commands(page):
+    """Recipe and arguments of every command on a page."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    return [(Path(recipe).stem, arguments) for _, recipe, *arguments in map(shlex.split, lines)]
+
+
+def test_the_gpu_pages_commands_are_what_it_says(recipe, monkeypatch):
+    seen = {}
+    for name, arguments in commands("docs/results/gpu.md"):
+        module = recipe(name)
+        if name == "finetune_gsm":
+            options = module.parse_arguments(arguments)
+        else:
+            monkeypatch.setattr(module, "compare", lambda *given: given[:2])
+            options, options.task = module.main(arguments)
+        assert str(options.output) not in seen
+        seen[str(options.output)] = options
+    probe = seen.pop("runs/rule110-probe")
+    assert (probe.minutes, probe.task) == (None, Rule110.paper())
+    assert all((options.minutes, options.resume) == (8, True) for options in seen.values())
+    rule, less, depo, shorter, *gsm = seen.values()
+    assert (rule.task, depo.task, shorter.task) == (Rule110.paper(), Depo.paper(), Depo.paper())
+    assert (rule.batch_size, rule.steps, rule.sleep_passes) == (512, 97_000, [1, 2, 3, 4])
+    assert (depo.batch_size, depo.steps, depo.sleep_passes) == (128, 100_000, [1, 2, 4])
+    assert (less.task, less.steps) == (Rule110.paper(8), 4000)
+    assert [(o.eviction, o.sleep_passes) for o in gsm] == [(e, n) for e in ("hard", "sliding") for n in (1, 2, 4)]
+    for options in gsm:
+        assert options.batch_size * options.gradient_accumulation_steps == 256
+        assert (options.muon_learning_rate, options.learning_rate, options.whole_model) == (1e-3, 5e-5, True)
+        assert (options.ops, options.tokens, options.window_size) == ([1, 8], [500, 825], 128)
+        assert (options.num_blocks, options.eval_problems, options.steps) == (6, 1600, 300)
+        assert options.hard_warmup_steps == (100 if options.eviction == "sliding" else 0)
