@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder (default: %(default)s)"
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--whole-model", action="store_true", help="train the base too, not just the new blocks")
     parser.add_argument("--checkpointing", action="store_true", help="recompute passes in the backward, to save memory")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_text"))
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
@@ -52,52 +52,53 @@ def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).train_test_split(0.05, shuffle=False)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     set_seed(0)
     model: SleepForCausalLM = AutoModelForSleepLM.from_pretrained(
-        arguments.model,
+        options.model,
         sleep={
-            "window_size": arguments.window_size,
-            "sleep_passes": arguments.sleep_passes,
-            "eviction": arguments.eviction,
+            "window_size": options.window_size,
+            "sleep_passes": options.sleep_passes,
+            "eviction": options.eviction,
         },
         dtype="float32",
     )
-    model.lm.requires_grad_(arguments.whole_model)
-    model.gradient_checkpointing = arguments.checkpointing
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    data = samples(tokenizer, arguments.text, arguments.window_size * arguments.windows)
+    model.lm.requires_grad_(options.whole_model)
+    model.gradient_checkpointing = options.checkpointing
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = samples(tokenizer, options.text, options.window_size * options.windows)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(arguments.output),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=arguments.batch_size,
-            per_device_eval_batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
-            warmup_steps=max(1, arguments.steps // 10),
+            output_dir=str(options.output),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            warmup_steps=max(1, options.steps // 10),
             max_grad_norm=1.0,
-            logging_steps=max(1, arguments.steps // 10),
+            logging_steps=max(1, options.steps // 10),
             save_strategy="no",
             report_to="none",
             prediction_loss_only=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            # Before train() wraps the model, an evaluation would leave it unwrapped: processes would train alone.
+            eval_on_start=True,
+            use_cpu=not torch.accelerator.is_available(),
+            dataloader_pin_memory=torch.accelerator.is_available(),
         ),
         train_dataset=data["train"],
         eval_dataset=data["test"].select(range(min(16, len(data["test"])))),
         data_collator=default_data_collator,
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    before = next(logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
-    tokenizer.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(options.output)
     if trainer.is_world_process_zero():
-        print(
-            f"held-out perplexity: {math.exp(before):.2f} before, {math.exp(after):.2f} after {arguments.steps} steps"
-        )
-        print(f"saved to {arguments.output}; load it with AutoModelForSleepLM.from_pretrained")
+        print(f"held-out perplexity: {math.exp(before):.2f} before, {math.exp(after):.2f} after {options.steps} steps")
+        print(f"saved to {options.output}; load it with AutoModelForSleepLM.from_pretrained")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,20 @@ def base(tokenizer, tmp_path_factory):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_text_is_read_through_sleep_and_the_base_stays(recipe, base, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(60)))
+    options = ["--model", base, "--text", str(text), "--window-size", "16", "--windows", "3", "--steps", "30"]
+    recipe("finetune_text").main([*options, "--learning-rate", "0.03", "--output", str(tmp_path / "run")])
+    before, after = map(float, re.search(r"perplexity: (\S+) before, (\S+) after 30", capsys.readouterr().out).groups())
+    assert after < 0.9 * before
+    model, lm = AutoModelForSleepLM.from_pretrained(tmp_path / "run"), LlamaForCausalLM.from_pretrained(base)
+    assert (model.config.sleep.window_size, model.config.sleep.sleep_passes) == (16, 2)
+    assert all(torch.equal(model.lm.get_parameter(name), parameter) for name, parameter in lm.named_parameters())
+    with pytest.raises(SystemExit, match="20 samples of 3000 are needed"):
+        recipe("finetune_text").main([*options, "--windows", "300", "--window-size", "10"])
 
 
 def test_a_base_is_fine_tuned_evaluated_and_written_down(recipe, base, tmp_path, capsys):
