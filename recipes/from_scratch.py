@@ -28,6 +28,7 @@ def hybrid(
     hidden_size: int = 64,
     heads: int = 2,
     block_kind: str = "gated_delta_net",
+    decay: tuple[float, float] = (0.02, 0.2),
     seed: int = 0,
 ) -> SleepForCausalLM:
     """`layers` times Llama's attention and MLP, then a fast-weight block without an MLP; all of them loop in sleep.
@@ -40,6 +41,7 @@ def hybrid(
         hidden_size: C; the MLP is 2 C wide.
         heads: of attention and of each block, with K = V = C / heads.
         block_kind: `"gated_delta_net"` or `"jet"`.
+        decay: the range of A at first: a token's writing leaves exp(-0.7 A) of what was there, more or less.
         seed: of the weights.
     """
     set_seed(seed)
@@ -66,22 +68,22 @@ def hybrid(
         block_expand_v=1.0,
     )
     model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep)
-    initialise(model)
+    initialise(model, decay)
     return model
 
 
 @torch.no_grad()
-def initialise(model: SleepForCausalLM) -> None:
+def initialise(model: SleepForCausalLM, decay: tuple[float, float]) -> None:
     """Weights for training from nothing, where a block need not start at zero.
 
     Matrices get a standard deviation of 0.7 / sqrt(inputs), those that write to the residual stream half of that, the
-    embedding 0.5, the head 0.02; the fast weights decay slowly at first (A uniform in [0.02, 0.2]).
+    embedding 0.5, the head 0.02; the fast weights decay slowly at first (A uniform in `decay`).
     """
     for name, parameter in model.named_parameters():
         if "conv" in name:
             continue
         if name.endswith("A_log"):
-            parameter.uniform_(0.02, 0.2).log_()
+            parameter.uniform_(*decay).log_()
         elif name.endswith("dt_bias"):
             parameter.zero_()
         elif "embed_tokens" in name:
@@ -104,6 +106,7 @@ def argument_parser(description: str, **defaults: Any) -> argparse.ArgumentParse
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--block-kind", choices=("gated_delta_net", "jet"), default="gated_delta_net")
+    parser.add_argument("--decay", type=float, nargs=2, default=[0.02, 0.2], help="range of A at first")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--muon-learning-rate", type=float, default=0.02)
     parser.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW, for all that Muon does not take")
@@ -194,7 +197,7 @@ def train(
     name, label = f"N{passes}-seed{seed}", f"N = {passes}, seed {seed}"
     folder = run.path / name
     last, done = last_checkpoint(folder)
-    shape = {key: getattr(options, key) for key in ("layers", "hidden_size", "heads", "block_kind")}
+    shape = {key: getattr(options, key) for key in ("layers", "hidden_size", "heads", "block_kind", "decay")}
     model = hybrid(task.vocab_size, task.window_size, passes, **shape, seed=seed)
     arguments, budget = training_arguments(options, folder, seed), TimeBudget(options.minutes)
     trainer = SleepTrainer(

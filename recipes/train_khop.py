@@ -19,9 +19,10 @@ from hf_sleep.data import KHop
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argument_parser(__doc__, output=Path("runs/khop"))
     parser.add_argument("--num-nodes", type=int, default=8, help="n, the length of the cycle")
-    parser.add_argument("--windows", type=int, default=1, help="slept windows that the cycle is spread over")
+    parser.add_argument("--windows", type=int, default=1, help="slept windows that a cycle is spread over")
+    parser.add_argument("--cycles", type=int, default=1, help="cycles in a row, each in windows of its own")
     options = parser.parse_args(arguments)
-    return compare(options, KHop(options.num_nodes, windows=options.windows), "k")
+    return compare(options, KHop(options.num_nodes, windows=options.windows, cycles=options.cycles), "k")
 
 
 if __name__ == "__main__":

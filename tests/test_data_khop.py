@@ -35,20 +35,26 @@ def khops(draw):
         hops=tuple(sorted(draw(st.sets(st.integers(1, n - 1), min_size=1)))),
         num_queries=draw(st.one_of(st.none(), st.integers(1, n))),
         windows=draw(st.integers(1, n)),
+        cycles=draw(st.integers(1, 3)),
     )
 
 
 def solve(task, row):
-    """The successors, the hop count and the nodes asked about, from the tokens alone."""
+    """The successors, the hop count and the nodes asked about, of the cycle asked about, from the tokens alone."""
     n, ids = task.num_nodes, row["input_ids"]
-    start = task.windows * task.window_size
-    edges = [token for token in ids[:start] if token < n * n]
-    assert all(token == task.vocab_size - 1 for token in ids[:start] if token >= n * n)
-    successor = {token // n: token % n for token in edges}
-    assert len(edges) == len(successor) == n
-    hop = task.hops[ids[start] - n * n - n]
+    nodes = task.cycles * n * n
+    width = task.windows * task.window_size
+    start = task.cycles * width
+    hop = task.hops[ids[start] - nodes - task.cycles * n]
     assert ids[-1] == task.vocab_size - 1
-    return successor, hop, [token - n * n for token in ids[start + 1 : -1]]
+    (about,) = {(token - nodes) // n for token in ids[start + 1 : -1]}
+    cycles = []
+    for number in range(task.cycles):
+        part = [token for token in ids[number * width : (number + 1) * width] if token != task.vocab_size - 1]
+        assert {token // n**2 for token in part} == {number}
+        cycles.append({token // n % n: token % n for token in part})
+        assert len(part) == len(cycles[-1]) == n
+    return cycles[about], hop, [(token - nodes) % n for token in ids[start + 1 : -1]]
 
 
 @given(task=khops(), seed=st.integers(0, 10**6), split=st.sampled_from(["train", "test"]))
@@ -68,10 +74,20 @@ def test_answers_follow_from_the_tokens(task, seed, split):
         expected.append(u)
     assert row["difficulty"] == hop
     assert row["answer"] == expected
-    first = task.windows * task.window_size + 2
-    assert row["labels"] == [-100] * first + [task.num_nodes**2 + v for v in expected]
+    first = task.cycles * task.windows * task.window_size + 2
+    own = row["input_ids"][-2] // task.num_nodes * task.num_nodes
+    assert own // task.num_nodes in range(task.cycles * task.num_nodes, task.cycles * (task.num_nodes + 1))
+    assert row["labels"] == [-100] * first + [own + v for v in expected]
     assert len(row["input_ids"]) == len(row["labels"]) == task.length
     assert is_held_out([successor[u] for u in range(task.num_nodes)]) == (split == "test")
+
+
+def test_cycles_come_one_after_another_and_are_asked_about_alike():
+    task = KHop(6, hops=(1, 2), cycles=3)
+    assert (task.vocab_size, task.window_size, task.length) == (3 * 36 + 18 + 2 + 1, 8, 32)
+    rows = task.rows(0, "train", range(3_000))
+    counts = Counter((row["input_ids"][-2] - 108) // 6 for row in rows)
+    assert all(counts[cycle] / 3_000 == pytest.approx(1 / 3, abs=0.04) for cycle in range(3))
 
 
 def test_edges_are_spread_evenly_over_the_windows():

@@ -19,20 +19,23 @@ class KHop(Task):
     """A random directed cycle written as edges in random order, then a hop count k and the nodes it is asked for.
 
     A row is the edges `u * n + v`, spread over `windows` windows and filled up to L tokens each, then the prediction
-    window `[K_k, u_1, ..., u_q, fill]`. The label right behind each u is its k-th successor: it is never fed back, so
-    every answer stands alone, and the fill at the end is there to carry the last label. All rows have the same length,
-    without pads; fill is a real token. Test rows hold the cycles that a hash picks, one in 8, training rows the others.
+    window `[K_k, u_1, ..., u_q, fill]`. With several `cycles`, each has names of its own and comes in windows of its
+    own, one cycle after another, and one of them, all equally likely, is asked about. The label right behind each u is
+    its k-th successor: it is never fed back, so every answer stands alone, and the fill at the end is there to carry
+    the last label. All rows have the same length, without pads; fill is a real token. Test rows hold cycles that a hash
+    picks, one in 8, training rows the others.
 
     L is the larger of `q + 2` and the most edges in a window: with one window and all n nodes asked it is n + 2, and
     the edges' window ends in two fills. `num_queries = n - 2` fits L = n exactly.
 
-    Tokens: n² for edges, then n nodes, one per hop count in `hops`, and the fill.
+    Tokens: n² edges per cycle, then n nodes per cycle, one per hop count in `hops`, and the fill.
 
     Args:
-        num_nodes: n. Small n is soon solved, and n = 12 is slow to learn.
+        num_nodes: n, of each cycle. Small n is soon solved, and n = 12 is slow to learn.
         hops: the values of k, ascending and below n; one is drawn per row, all equally likely.
         num_queries: q, nodes asked. `None`: all.
-        windows: windows that the edges are spread over, as evenly as possible; each of them sleeps.
+        windows: windows that a cycle's edges are spread over, as evenly as possible; each of them sleeps.
+        cycles: cycles in a row.
 
     Raises:
         ValueError: naming the field, what it got and what would work.
@@ -44,6 +47,7 @@ class KHop(Task):
     hops: tuple[int, ...] = (1, 2, 3, 4)
     num_queries: int | None = None
     windows: int = 1
+    cycles: int = 1
 
     def __post_init__(self) -> None:
         # Fewer than 5 nodes make so few cycles that none might be held out.
@@ -55,6 +59,7 @@ class KHop(Task):
         if self.num_queries is not None:
             self._require_int("num_queries", 1, n)
         self._require_int("windows", 1, n)
+        self._require_int("cycles", 1)
 
     @property
     def vocab_size(self) -> int:
@@ -62,13 +67,13 @@ class KHop(Task):
 
     @property
     def node_token(self) -> int:
-        """The token of node 0; the others follow."""
-        return self.num_nodes**2
+        """The token of node 0 of the first cycle; the others follow."""
+        return self.cycles * self.num_nodes**2
 
     @property
     def hop_token(self) -> int:
         """The token that asks for `hops[0]`; the others follow."""
-        return self.node_token + self.num_nodes
+        return self.node_token + self.cycles * self.num_nodes
 
     @property
     def fill_token(self) -> int:
@@ -80,7 +85,7 @@ class KHop(Task):
 
     @property
     def length(self) -> int:
-        return self.windows * self.window_size + self._queries + 2
+        return self.cycles * self.windows * self.window_size + self._queries + 2
 
     @property
     def difficulties(self) -> tuple[int, ...]:
@@ -102,24 +107,31 @@ class KHop(Task):
         return [(row["difficulty"], [i]) for i, label in enumerate(row["labels"]) if label != IGNORED]
 
     def _make(self, rng: random.Random, split: str) -> Row:
-        n, size, fill = self.num_nodes, self.window_size, self.fill_token
-        successor = [0] * n
+        n, fill = self.num_nodes, self.fill_token
+        successors = [self._cycle(rng, split) for _ in range(self.cycles)]
+        which = rng.randrange(len(self.hops))
+        ids: list[int] = []
+        for number, successor in enumerate(successors):
+            edges = [number * n * n + u * n + successor[u] for u in rng.sample(range(n), n)]
+            for w in range(self.windows):
+                window = edges[n * w // self.windows : n * (w + 1) // self.windows]
+                ids += window + [fill] * (self.window_size - len(window))
+        about = rng.randrange(self.cycles) if self.cycles > 1 else 0
+        asked = rng.sample(range(n), self._queries)
+        answer = asked
+        for _ in range(self.hops[which]):
+            answer = [successors[about][u] for u in answer]
+        first = self.node_token + about * n
+        labels = [IGNORED] * (len(ids) + 2) + [first + v for v in answer]
+        ids += [self.hop_token + which, *(first + u for u in asked), fill]
+        return {"input_ids": ids, "labels": labels, "difficulty": self.hops[which], "answer": answer}
+
+    def _cycle(self, rng: random.Random, split: str) -> list[int]:
+        """The successor of every node, in a cycle that rows of `split` may hold."""
+        successor = [0] * self.num_nodes
         while True:
-            order = rng.sample(range(n), n)
+            order = rng.sample(range(self.num_nodes), self.num_nodes)
             for u, v in zip(order, order[1:] + order[:1], strict=True):
                 successor[u] = v
             if is_held_out(successor) == (split == SPLITS[1]):
-                break
-        which = rng.randrange(len(self.hops))
-        hop = self.hops[which]
-        edges = [u * n + successor[u] for u in rng.sample(range(n), n)]
-        asked = rng.sample(range(n), self._queries)
-        place = {u: i for i, u in enumerate(order)}
-        answer = [order[(place[u] + hop) % n] for u in asked]
-        ids: list[int] = []
-        for w in range(self.windows):
-            ids += edges[n * w // self.windows : n * (w + 1) // self.windows]
-            ids += [fill] * ((w + 1) * size - len(ids))
-        labels = [IGNORED] * (len(ids) + 2) + [self.node_token + v for v in answer]
-        ids += [self.hop_token + which, *(self.node_token + u for u in asked), fill]
-        return {"input_ids": ids, "labels": labels, "difficulty": hop, "answer": answer}
+                return successor
