@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         f"{task}, made by hf_sleep; {options.steps} steps of {size} problems, question first, loss on the answer.",
         [{"task": "GSM-Infinite"} | score for score in by_difficulty(results["after"])],
     )
-    trainer.save_model()
+    trainer.save_model()  # and, with --push-to-hub, pushes
     if run.writes:
         (run.path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         lines = {}
@@ -236,8 +236,6 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
                 lines[f"{when}, N = {n}"] = by_difficulty(mine)
             lines[f"{when}, last window alone"] = by_difficulty(mine, "last_window")
         print(f"\n{table(lines, 'op')}\n\n{plot(run, lines, 'operations')}, {folder}")
-    if options.push_to_hub:
-        trainer.push_to_hub()
     return results
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_hub import hub  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -181,6 +182,19 @@ def test_two_processes_train_as_one_and_write_once(recipe, base, tmp_path):
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert results[0] == results[1]
     assert "2 steps of 4 problems" in (tmp_path / "two" / "model" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_recipe_pushes_what_it_trained(recipe, base, hub, tmp_path):  # noqa: F811
+    options = ["--model", base, *QUICK, "--push-to-hub", "me/gsm", "--output", str(tmp_path / "run")]
+    recipe("finetune_gsm").main(options)
+    model = AutoModelForSleepLM.from_pretrained("me/gsm")
+    here = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    there = model.state_dict()
+    assert all(torch.equal(there[name], tensor) for name, tensor in here.items())
+    assert len(hub.messages) == 2  # the empty repository, and the model
+    assert {"tokenizer.json", "modeling_hf_sleep.py"} < hub.files("me/gsm").keys()
+    assert hub.card("me/gsm").data.eval_results[0].dataset_name == "GSM-Infinite"
 
 
 def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):
