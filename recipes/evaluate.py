@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from run_folder import RunFolder
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from hf_sleep import AutoModelForSleepLM
+from hf_sleep import AutoModelForSleepLM, SleepLMConfig
 from hf_sleep.data import Depo, GSMInfinite, KHop, Rule110
 from hf_sleep.data.task import IGNORED, Row, Task
 from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
@@ -40,7 +40,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--task-settings", type=json.loads, default={}, help="the task's fields as JSON, as it was trained on"
     )
     parser.add_argument("--sleep-passes", type=int, nargs="+", help="each N (default: the checkpoint's)")
-    parser.add_argument("--window-size", type=int, nargs="+", help="each L, in tokens (default: the task's)")
+    parser.add_argument(
+        "--window-size", type=int, nargs="+", help="each L, in tokens (default: the checkpoint's, of a base the task's)"
+    )
     parser.add_argument("--problems", type=int, default=200, help="test rows (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows read at once (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true")
@@ -49,14 +51,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_task(name: str, settings: dict[str, Any], model: str) -> Task:
-    """A task by its name; `settings` come from JSON, which has no tuples."""
+def make_task(name: str, settings: dict[str, Any], model: str, window_size: int | None) -> Task:
+    """A task by its name; `settings` come from JSON, without tuples. GSM-Infinite is laid out for `window_size`."""
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     unknown = settings.keys() - {field.name for field in dataclasses.fields(TASKS[name])}
     if unknown:
         raise SystemExit(f"--task-settings: {TASKS[name].__name__} has no field {', '.join(sorted(unknown))}")
     if name == "gsm_infinite":
         settings["tokenizer"] = AutoTokenizer.from_pretrained(model)
+        settings |= {} if window_size is None else {"window_size": window_size}
     return TASKS[name](**settings)
 
 
@@ -142,9 +145,11 @@ def plot(run: RunFolder, lines: dict[str, list[Score]], difficulty: str) -> Path
 
 def main(arguments: list[str] | None = None) -> list[Score]:
     options = parse_arguments(arguments)
-    task = make_task(options.task, options.task_settings, options.model)
+    config = AutoConfig.from_pretrained(options.model)
+    given = options.window_size or ([config.sleep.window_size] if isinstance(config, SleepLMConfig) else [])
+    task = make_task(options.task, options.task_settings, options.model, min(given, default=None))
     run = RunFolder(options.output, vars(options))
-    sizes = options.window_size or [task.window_size]
+    sizes = given or [task.window_size]
     model = AutoModelForSleepLM.from_pretrained(
         options.model, sleep={"window_size": max(sizes)}, dtype="bfloat16" if options.bf16 else "float32"
     )

@@ -25,9 +25,9 @@ from datasets import Dataset
 from evaluate import by_difficulty, generation_rows, generation_scores, plot, table
 from from_scratch import parse
 from run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
+from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig
 from hf_sleep.data import GSMInfinite
 from hf_sleep.hub import CardFacts
 from hf_sleep.training import (
@@ -37,13 +37,14 @@ from hf_sleep.training import (
     SleepMonitor,
     SleepTrainer,
     SleepTrainingArguments,
+    freeze_all_but_fast_weights,
 )
-from hf_sleep.training.callbacks import fast_weight_names
 
 PAPER = {
     "ops": [1, 8],
     "tokens": [2000, 3300],
     "window_size": 2000,
+    "eviction": "hard",
     "batch_size": 2,
     "gradient_accumulation_steps": 128,
     "muon_learning_rate": 1e-3,
@@ -92,10 +93,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--preset", choices=PRESETS, default="small", help="settings that stand where none is given")
     add("--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder, of a base or of a model that sleeps")
-    add("--window-size", type=int, default=64, help="L, in tokens (default: %(default)s)")
-    add("--sleep-passes", type=int, default=2, help="N (default: %(default)s)")
-    add("--eviction", choices=("hard", "sliding"), default="hard")
-    add("--num-sink-tokens", type=int, default=0, help="first tokens that are never evicted (default: %(default)s)")
+    add("--window-size", type=int, help="L, in tokens (default: 64, or as the checkpoint was trained)")
+    add("--sleep-passes", type=int, help="N (default: 2, or as the checkpoint was trained)")
+    add("--eviction", choices=("hard", "sliding"), help="(default: hard, or as the checkpoint was trained)")
+    add("--num-sink-tokens", type=int, help="first tokens that are never evicted (default: 0, or the checkpoint's)")
     add("--loop-layers", type=int, nargs=2, help="layers a to b - 1 run N times (default: the base's)")
     add("--num-blocks", type=int, help="new blocks, evenly spaced (default: one per four layers; none in a hybrid)")
     add("--block-num-heads", type=int, help="of a new block (default: a third of the width)")
@@ -123,6 +124,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse(parser, PRESETS, arguments)
 
 
+def complete(options: argparse.Namespace) -> None:
+    """Fill in how to sleep where nothing was said: as the checkpoint does; a base, as small as fits a CPU."""
+    config = AutoConfig.from_pretrained(options.model)
+    small = {"window_size": 64, "sleep_passes": 2, "eviction": "hard", "num_sink_tokens": 0}
+    for name, value in small.items():
+        if getattr(options, name) is None:
+            own = isinstance(config, SleepLMConfig)
+            setattr(options, name, getattr(config.sleep, name) if own else value)
+
+
 class Generation(GenerationEvaluation):
     """Generates as the model was trained: with `--bf16`, under autocast."""
 
@@ -135,9 +146,7 @@ def load(options: argparse.Namespace) -> SleepForCausalLM:
     sleep = {name: getattr(options, name) for name in SLEEP_FIELDS if getattr(options, name) is not None}
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
     if not options.whole_model:
-        names = fast_weight_names(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in names)
+        freeze_all_but_fast_weights(model)
     return model
 
 
@@ -199,6 +208,7 @@ def make_trainer(
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     options = parse_arguments(arguments)
+    complete(options)
     set_seed(options.seed)
     run = RunFolder(options.output, vars(options), options.resume)
     folder = run.path / "model"

@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
+from hf_sleep.training import freeze_all_but_fast_weights
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         },
         dtype="float32",
     )
-    model.lm.requires_grad_(options.whole_model)
+    if not options.whole_model:
+        freeze_all_but_fast_weights(model)
     model.gradient_checkpointing = options.checkpointing
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = samples(tokenizer, options.text, options.window_size * options.windows)

@@ -5,11 +5,13 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from run_folder import RunFolder, TimeBudget, last_checkpoint, mean_and_spread, train_on
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
@@ -108,7 +110,9 @@ def argument_parser(description: str, **defaults: Any) -> argparse.ArgumentParse
     parser.add_argument("--block-kind", choices=("gated_delta_net", "jet"), default="gated_delta_net")
     parser.add_argument("--decay", type=float, nargs=2, default=[0.02, 0.2], help="range of A at first")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
+    parser.add_argument(
+        "--muon-learning-rate", type=float, default=0.02, help="of the matrices; 0: AdamW for everything"
+    )
     parser.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW, for all that Muon does not take")
     parser.add_argument("--test-rows", type=int, default=1024)
     parser.add_argument("--evaluations", type=int, default=8, help="during each training")
@@ -164,7 +168,7 @@ def training_arguments(options: argparse.Namespace, folder: Path, seed: int) -> 
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
-        muon_learning_rate=options.muon_learning_rate,
+        muon_learning_rate=options.muon_learning_rate or None,
         learning_rate=options.learning_rate,
         weight_decay=0.0,
         warmup_steps=50,
@@ -217,12 +221,9 @@ def train(
             print(f"{label}: {budget.stopped}", flush=True)
         return None
     scores = evaluate(trainer, passes, options.eval_passes)
-    if run.writes:
-        model.card = card(options, task, scores)
-        model.save_pretrained(folder)
-    logs = map(json.loads, run.metrics.read_text().splitlines())
-    seconds = sum(row.get("seconds", 0.0) for row in logs if row["model"] == name)
-    return {"sleep_passes": passes, "seed": seed, "seconds": seconds, "accuracy": scores}
+    model.card = card(options, task, scores, trainer.eval_dataset, arguments.world_size)
+    trainer.save_model()
+    return {"sleep_passes": passes, "seed": seed, "seconds": run.seconds(name), "accuracy": scores}
 
 
 def evaluate(trainer: SleepTrainer, passes: int, others: list[int]) -> dict[int, dict[int, float]]:
@@ -235,7 +236,9 @@ def evaluate(trainer: SleepTrainer, passes: int, others: list[int]) -> dict[int,
     return scores
 
 
-def card(options: argparse.Namespace, task: Task, scores: dict[int, dict[int, float]]) -> CardFacts:
+def card(
+    options: argparse.Namespace, task: Task, scores: dict[int, dict[int, float]], test: Dataset, processes: int
+) -> CardFacts:
     """What the model's card says of data, results and use."""
     usage = f"""import torch
 from hf_sleep.data import {type(task).__name__}
@@ -245,13 +248,21 @@ row = task.example(7, "test")
 said = model(torch.tensor([row["input_ids"]])).logits[0].argmax(-1)
 print(task.score(said.tolist(), row))  # difficulty and whether it is right, for every answer
 """
-    rows = {"task": type(task).__name__, "n": options.test_rows}
+    counts = Counter(difficulty for row in test for difficulty, _ in task.answers(row))
     metrics = [
-        rows | {"difficulty": d, "N": n, "accuracy": score, "chance": task.chance(d)}
+        {
+            "task": type(task).__name__,
+            "difficulty": d,
+            "N": n,
+            "accuracy": score,
+            "chance": task.chance(d),
+            "n": counts[d],
+        }
         for n, accuracy in scores.items()
         for d, score in accuracy.items()
     ]
-    return CardFacts(f"{task}, {options.steps} steps of {options.batch_size} rows.", metrics, usage)
+    data = f"{task}, {options.steps} steps of {options.batch_size * processes} rows."
+    return CardFacts(data, [{"task": type(task).__name__} | metric for metric in metrics], usage)
 
 
 def table(results: list[dict], task: Task, difficulty: str) -> str:

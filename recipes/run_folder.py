@@ -13,8 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_sleep
 
@@ -30,23 +30,24 @@ class RunFolder(TrainerCallback):
     Args:
         path: made where missing.
         settings: what the run was started with, for config.json.
-        resume: go on in a folder that another run has written to.
+        resume: go on in a folder that another run has written to; `None` where a recipe cannot.
 
     Raises:
         SystemExit: a folder that holds a run, without `resume`, or one of a run with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], resume: bool = False):
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool | None = None):
         self.path, self.metrics, self.began = path, path / "metrics.jsonl", time.monotonic()
         self.writes = os.environ.get("RANK", "0") == "0"
         path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             return
         config = path / "config.json"
-        settings = json.loads(json.dumps(settings, default=str))
+        settings = json.loads(json.dumps(settings, default=str)) | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
         if config.exists():
             if not resume:
-                raise SystemExit(f"{path} holds a run already: choose another --output, or go on with --resume")
+                hint = "" if resume is None else ", or go on with --resume"
+                raise SystemExit(f"{path} holds a run already: choose another --output{hint}")
             before = json.loads(config.read_text())["settings"]
             compared = [key for key in settings if key not in NOT_COMPARED]
             if changed := {
@@ -64,6 +65,11 @@ class RunFolder(TrainerCallback):
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def seconds(self, model: str) -> float:
+        """How long a model was trained, over all runs."""
+        rows = map(json.loads, self.metrics.read_text().splitlines()) if self.metrics.exists() else ()
+        return sum(row.get("seconds", 0.0) for row in rows if row["model"] == model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.record(step=state.global_step, seconds=round(time.monotonic() - self.began, 1), **logs)
@@ -97,7 +103,8 @@ class TimeBudget(TrainerCallback):
     """Saves a checkpoint and stops training after the first step that ends when the process is so many minutes old.
 
     Imports and evaluations count, on whichever rank is the oldest; all ranks stop together. The last step is saved too,
-    early or late, so that what follows training may be interrupted.
+    early or late, so that what follows training may be interrupted. Under FSDP, which cannot evaluate what it has not
+    trained, a run goes on from its last step to its end.
 
     Args:
         minutes: `None`: nothing is saved or stopped.
@@ -109,8 +116,9 @@ class TimeBudget(TrainerCallback):
     def __init__(self, minutes: float | None):
         self.minutes, self.stopped = minutes, ""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.minutes is None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        last = state.global_step == state.max_steps
+        if self.minutes is None or (last and isinstance(model, FSDPModule)):
             return
         over = process_seconds() >= 60 * self.minutes
         if dist.is_initialized():
@@ -123,7 +131,7 @@ class TimeBudget(TrainerCallback):
                 "command with --resume goes on"
             )
             control.should_log = control.should_training_stop = True
-        control.should_save |= over or state.global_step == state.max_steps
+        control.should_save |= over or last
 
 
 def process_seconds() -> float:
@@ -132,9 +140,12 @@ def process_seconds() -> float:
 
 
 def last_checkpoint(folder: Path) -> tuple[str | None, int]:
-    """The Trainer's last checkpoint in `folder` and the optimizer steps behind it; `None` and 0 where there is none."""
-    last = get_last_checkpoint(str(folder)) if folder.exists() else None
-    return last, int(last.rpartition("-")[2]) if last else 0
+    """The Trainer's last whole checkpoint in `folder` and the optimizer steps behind it; `None`, 0 where there is none.
+
+    One whose writing was cut short lacks trainer_state.json, which comes last.
+    """
+    steps = [int(file.parent.name.rpartition("-")[2]) for file in folder.glob("checkpoint-*/trainer_state.json")]
+    return (str(folder / f"checkpoint-{max(steps)}"), max(steps)) if steps else (None, 0)
 
 
 def train_on(trainer: Trainer, checkpoint: str | None) -> None:

@@ -37,6 +37,8 @@ DDP = {
     "answers": {"lengths": RAGGED, "answers_only": True},
     "muon": {"muon_learning_rate": 1e-2},
     "schedule": {"drawn_passes": True},
+    "evaluated_first": {"evaluate_first": True},
+    "evaluated_first_in_bf16": {"evaluate_first": True, "bf16": True, "dtype": torch.float32, "max_steps": 1},
     "saved": SAVING,
     "resumed": SAVING | {"resume": "saved"},
 }
@@ -142,9 +144,11 @@ def make_trainer(folder, fsdp=False, **case):
     return (Trainer if own["plain"] else SleepTrainer)(model, arguments, **given), recorder
 
 
-def run(folder, fsdp=False, resume=None, exact_muon=False, evaluate=False, **case):
+def run(folder, fsdp=False, resume=None, exact_muon=False, evaluate=False, evaluate_first=False, **case):
     """Train a case; what happened, the final weights of all ranks together, and the trainer."""
     trainer, recorder = make_trainer(folder, fsdp, **case)
+    if evaluate_first:
+        trainer.evaluate()
     # Newton-Schulz runs in bfloat16, where another order of sums shows.
     precise = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.double) if exact_muon else nullcontext()
     with precise:

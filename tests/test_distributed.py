@@ -110,7 +110,7 @@ def assert_same_run(launched, name, case, alone):
         )
 
 
-@pytest.mark.parametrize("name", DDP)
+@pytest.mark.parametrize("name", [name for name in DDP if not DDP[name].get("bf16")])
 def test_ddp_trains_what_one_process_trains(name, ddp, alone):
     assert_same_run(ddp, name, DDP[name], alone)
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import make_base
 from safetensors.torch import load_file
 from test_hub import hub  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM
 from hf_sleep.data import GSMInfinite, KHop
+from hf_sleep.sleep import Sleeper
 from hf_sleep.training import GenerationEvaluation
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +197,46 @@ def test_a_recipe_pushes_what_it_trained(recipe, base, hub, tmp_path):  # noqa: 
     assert len(hub.messages) == 2  # the empty repository, and the model
     assert {"tokenizer.json", "modeling_hf_sleep.py"} < hub.files("me/gsm").keys()
     assert hub.card("me/gsm").data.eval_results[0].dataset_name == "GSM-Infinite"
+
+
+def test_a_checkpoint_sleeps_as_it_was_trained_where_nothing_else_is_said(recipe, base, tmp_path, monkeypatch):
+    model = AutoModelForSleepLM.from_pretrained(
+        base, sleep={"window_size": 30, "sleep_passes": 3, "num_sink_tokens": 2}
+    )
+    model.save_pretrained(tmp_path / "asleep")
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(tmp_path / "asleep")
+    slept = []
+    consolidate = Sleeper.consolidate
+    monkeypatch.setattr(
+        Sleeper, "consolidate", lambda self, cache, rows, n: slept.extend(rows) or consolidate(self, cache, rows, n)
+    )
+    settings = ["--task-settings", '{"ops": [1, 2], "tokens": [0, 0]}', "--problems", "4"]
+    scores = recipe("evaluate").main(
+        [str(tmp_path / "asleep"), "gsm_infinite", *settings, "--output", str(tmp_path / "evaluated")]
+    )
+    assert {(score["L"], score["N"]) for score in scores} == {(30, 3)}
+    assert slept
+    options = recipe("finetune_gsm").parse_arguments(["--model", str(tmp_path / "asleep"), "--sleep-passes", "2"])
+    recipe("finetune_gsm").complete(options)
+    assert (options.window_size, options.sleep_passes, options.num_sink_tokens) == (30, 2, 2)
+    options = recipe("finetune_gsm").parse_arguments(["--model", base])
+    recipe("finetune_gsm").complete(options)
+    assert (options.window_size, options.sleep_passes, options.eviction) == (64, 2, "hard")
+
+
+def test_a_hybrid_trains_its_own_layers_on_a_text(recipe, tokenizer, tmp_path):
+    base = make_base("qwen3_5")
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(40)))
+    options = ["--model", str(tmp_path / "base"), "--text", str(text), "--window-size", "16", "--windows", "2"]
+    recipe("finetune_text").main([*options, "--steps", "2", "--output", str(tmp_path / "run")])
+    trained = AutoModelForSleepLM.from_pretrained(tmp_path / "run").lm.state_dict()
+    changed = {name for name, tensor in base.state_dict().items() if not torch.equal(trained[name], tensor)}
+    assert changed
+    assert all("linear_attn" in name for name in changed)
 
 
 def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):

@@ -58,6 +58,9 @@ def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more,
         assert model.config.sleep.sleep_passes == n
         card = (folder / f"N{n}-seed0" / "README.md").read_text()
         assert "| accuracy" in card.lower()
+        counts = map(int, re.findall(r"^\| \w+ \| \d+ \| \d+ \| [\d.]+ \| [\d.]+ \| (\d+) \|$", card, re.MULTILINE))
+        evaluated = {"train_khop": 2 * 32 * 8, "train_rule110": 32, "train_depo": 32 * 4}[name]
+        assert sum(counts) == evaluated
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(folder)
     exec(snippet, {})
@@ -140,13 +143,37 @@ def test_mean_and_spread(recipe):
     assert spread([0.0, 1.0]) == "0.50±0.71"
 
 
-def test_a_run_goes_on_only_with_the_settings_it_began_with(recipe, tmp_path):
+def test_a_checkpoint_that_was_cut_short_is_none(recipe, tmp_path):
+    last = recipe("run_folder").last_checkpoint
+    assert last(tmp_path / "missing") == (None, 0)
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+        if step < 11:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last(tmp_path) == (str(tmp_path / "checkpoint-10"), 10)
+
+
+def test_without_muon_its_matrices_are_trained_too(recipe, tmp_path):
+    recipe("train_khop").main([*QUICK, "--muon-learning-rate", "0", "--output", str(tmp_path)])
+    start = recipe("from_scratch").hybrid(KHop(8).vocab_size, KHop(8).window_size, 2).state_dict()
+    trained = load_file(tmp_path / "N2-seed0" / "model.safetensors")
+    assert not any(torch.equal(tensor, start[name]) for name, tensor in trained.items() if tensor.dim() == 2)
+
+
+def test_a_run_goes_on_only_with_the_settings_it_began_with(recipe, tmp_path, monkeypatch):
     folder = recipe("run_folder").RunFolder
     folder(tmp_path / "run", {"steps": 4}).record(loss=1.0)
     folder(tmp_path / "run", {"steps": 4}, resume=True).record(loss=0.5)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(SystemExit, match=r"begun with other settings, \{'steps': \(4, 5\)\}"):
         folder(tmp_path / "run", {"steps": 5}, resume=True)
+    with pytest.raises(SystemExit, match=r"holds a run already: choose another --output$"):
+        folder(tmp_path / "run", {"steps": 4})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=r"begun with other settings, \{'processes': \(1, 2\)\}"):
+        folder(tmp_path / "run", {"steps": 4}, resume=True)
+    monkeypatch.delenv("WORLD_SIZE")
     for minutes in (None, 8.0):
         folder(tmp_path / "run", {"steps": 4, "minutes": minutes, "resume": True}, resume=True)
 

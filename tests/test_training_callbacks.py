@@ -305,8 +305,11 @@ def test_several_ranks_and_precisions_that_cannot_work_are_refused(tmp_path, mon
     with pytest.raises(ValueError, match="NonFiniteGuard: with fp16=True"):
         NonFiniteGuard().on_train_begin(SimpleNamespace(fp16=True), None, None, model=model)
     ranks = SimpleNamespace(world_size=2, activation_checkpointing=True, ddp_find_unused_parameters=None)
-    with pytest.raises(ValueError, match="on several ranks needs ddp_find_unused_parameters=True"):
-        HardEvictionWarmup(1).on_train_begin(ranks, None, None, model=model)
+    for ranks.ddp_find_unused_parameters, ranks.activation_checkpointing in ((None, True), (False, False)):
+        with pytest.raises(ValueError, match="on several ranks needs ddp_find_unused_parameters=True"):
+            HardEvictionWarmup(1).on_train_begin(ranks, None, None, model=model)
+    with pytest.raises(ValueError, match=r"epochs=1.5 with ignore_data_skip=True: .* Give the stage in steps"):
+        trainer_of(tmp_path, callbacks=[HardEvictionWarmup(epochs=1.5)], ignore_data_skip=True).train()
     monkeypatch.setattr(callbacks_module, "DTensor", torch.nn.Parameter)
     trainer = trainer_of(tmp_path)
     for callback in (HardEvictionWarmup(1), NonFiniteGuard(), SleepMonitor(trainer)):
@@ -485,6 +488,18 @@ def test_the_monitor_knows_every_kind_of_fast_weight(family, tmp_path):
     assert measured["fast_weight_rank"] > 1
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_monitor_sleeps_as_training_does(bf16, tmp_path):
+    model, seen = tiny(sleep_passes=3), []
+    trainer = trainer_of(tmp_path, model, bf16=bf16, max_steps=1)
+    trainer.add_callback(SleepMonitor(trainer, every=1))
+    block = next(iter(model.fast_weights.values()))
+    block.register_forward_pre_hook(lambda *_: seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))))
+    trainer.train()
+    assert {grad for grad, _ in seen} == {True, False}
+    assert {autocast for _, autocast in seen} == {bf16}
+
+
 # Generated answers.
 
 
@@ -531,6 +546,21 @@ def test_a_row_may_bring_its_prompt(tmp_path):
     row = {"prompt_ids": tokens(9).tolist(), "labels": answer, "difficulty": 5}
     trainer = trainer_of(tmp_path, model, eval_dataset=TASK.dataset(4), plain=True)
     trainer.add_callback(GenerationEvaluation(trainer, [row], (2,)))
+    assert trainer.evaluate()["eval_generate_accuracy_5_passes_2"] == 1.0
+    # What the base would rather do than decode greedily is set aside, and is there again.
+    model.generation_config.update(suppress_tokens=answer[:1], num_beams=3)
+    assert model.generate(tokens(9)[None], max_new_tokens=3)[0, 9:].tolist() != answer
+    assert trainer.evaluate()["eval_generate_accuracy_5_passes_2"] == 1.0
+    assert model.generation_config.num_beams == 3
+
+
+def test_a_row_s_own_pads_are_no_part_of_its_prompt(tmp_path):
+    model = tiny()
+    prompt = tokens(9).tolist()
+    answer = model.generate(tokens(9)[None], max_new_tokens=3, do_sample=False)[0, 9:].tolist()
+    row = {"input_ids": [0, 0, *prompt, *answer], "labels": [-100] * 11 + answer, "attention_mask": [0, 0] + [1] * 12}
+    trainer = trainer_of(tmp_path, model, eval_dataset=TASK.dataset(4))
+    trainer.add_callback(GenerationEvaluation(trainer, [row | {"difficulty": 5}], (2,)))
     assert trainer.evaluate()["eval_generate_accuracy_5_passes_2"] == 1.0
 
 

@@ -1,5 +1,6 @@
 """SleepTrainer: what its arguments change, evaluation by difficulty, resuming to the last digit, what it refuses."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import make_base, make_model, sleep_config, tokens
+from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sleep import SleepForCausalLM
@@ -377,7 +379,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(warmup, tmp_path):
         assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
         assert logged(resumed, "grad_norm") == logged(whole, "grad_norm")
         assert same(weights(resumed.model), end)
-        drawn = [trainer.callback_handler.callbacks[-2].drawn for trainer in (resumed, whole)]
+        drawn = [
+            next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Draws)).drawn
+            for trainer in (resumed, whole)
+        ]
         assert drawn[0] == {s: pair for s, pair in drawn[1].items() if s > step}
 
 
@@ -418,6 +423,41 @@ def test_another_run_s_checkpoint_is_refused_before_anything_changes(fields, mes
         trainer.train(resume_from_checkpoint=folder)
     assert same(weights(model), before)
     assert trainer.optimizer is None
+
+
+def test_an_adapters_checkpoint_of_another_sleep_is_refused(tmp_path):
+    def adapted(folder, **sleep):
+        model = tiny(**sleep)
+        blocks = [f"fast_weights.{layer}" for layer in model.fast_weights]
+        lora = LoraConfig(r=2, target_modules=r"lm\..*_proj", modules_to_save=blocks, task_type="CAUSAL_LM")
+        return trainer_of(folder, get_peft_model(model, lora), max_steps=2, save_strategy="steps", save_steps=1)
+
+    adapted(tmp_path, window_size=6).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1" / "config.json").exists()
+    for sleep in ({"window_size": 7}, {"window_size": 6, "sleep_passes": 4}):
+        with pytest.raises(ValueError, match="was trained with sleep"):
+            adapted(tmp_path / "other", **sleep).train(resume_from_checkpoint=checkpoint)
+    again = adapted(tmp_path / "same", window_size=6)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert again.state.global_step == 2
+
+
+def test_a_checkpoint_of_the_plain_trainer_goes_on(tmp_path):
+    model, rows = tiny(), TASK.dataset(8)
+    settings = QUIET | {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    Trainer(model, TrainingArguments(tmp_path, **settings), SleepCollator(), train_dataset=rows).train()
+    fields = {"save_strategy": "steps", "save_steps": 1, "muon_learning_rate": None, "max_steps": 2}
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    trainer = trainer_of(tmp_path / "on", tiny(), **fields)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+
+
+def test_the_progress_bar_shows_tokens_per_second(tmp_path, capsys):
+    trainer = trainer_of(tmp_path, disable_tqdm=False, max_steps=2, logging_steps=1)
+    trainer.train()
+    assert re.search(r"2/2 \[.*, [\d,]+ tokens/s", capsys.readouterr().err)
 
 
 def test_an_interrupted_step_leaves_the_model_as_configured(tmp_path):
@@ -477,6 +517,8 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path):
         arguments(tmp_path, optim="adafactor")
     with pytest.raises(ValueError, match="backprop_windows=0 must be at least 1"):
         arguments(tmp_path, backprop_windows=0)
+    with pytest.raises(ValueError, match=r"muon_learning_rate=0\.0 must be above 0, or None for AdamW"):
+        arguments(tmp_path, muon_learning_rate=0.0)
     with pytest.raises(TypeError, match="SleepTrainer needs SleepTrainingArguments as args, not TrainingArguments"):
         SleepTrainer(tiny(), TrainingArguments(tmp_path, **QUIET))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -47,6 +47,34 @@ class DuringStep(TrainerCallback, ExportableState):
         self.restore()
 
     on_epoch_end = on_train_end = on_step_end
+
+
+class SleepRecord(TrainerCallback, ExportableState):
+    """Leaves the sleep settings in every checkpoint's trainer_state.json, for the check on resuming."""
+
+    def __init__(self, model: Any = None):
+        self.model = model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the plain Trainer's has none
+
+    def state(self) -> dict[str, Any]:
+        return {"args": sleep_settings(self.model), "attributes": {}}
+
+
+class TokensPerSecond(ProgressCallback):
+    """The progress bar, with real tokens per second beside the steps, as they are logged."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "train_tokens_per_second" in logs:
+            self.training_bar.set_postfix_str(f"{logs['train_tokens_per_second']:,.0f} tokens/s", refresh=False)
+
+
+def sleep_settings(model: Any) -> dict[str, Any]:
+    """What a checkpoint must agree in with the run that goes on from it; empty for a model that does not sleep."""
+    sleep = getattr(model.config, "sleep", None)
+    return {} if sleep is None else {name: v for name, v in sleep.to_dict().items() if name != "version"}
 
 
 class SleepPassesSchedule(DuringStep):
@@ -130,8 +158,14 @@ class HardEvictionWarmup(DuringStep):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_sharded(model, "HardEvictionWarmup", "Train the two stages as two runs")
-        if args.world_size > 1 and args.activation_checkpointing and not args.ddp_find_unused_parameters:
+        unused = args.ddp_find_unused_parameters
+        if args.world_size > 1 and (unused is False or (unused is None and args.activation_checkpointing)):
             raise ValueError("HardEvictionWarmup on several ranks needs ddp_find_unused_parameters=True")
+        if self.epochs is not None and args.ignore_data_skip:
+            raise ValueError(
+                f"HardEvictionWarmup: epochs={self.epochs} with ignore_data_skip=True: a resumed run would count its "
+                "epochs anew. Give the stage in steps"
+            )
         names = fast_weight_names(model)
         if not any(p.requires_grad for name, p in model.named_parameters() if name in names):
             raise ValueError("HardEvictionWarmup: all fast weights are frozen, so the first stage has nothing to train")
@@ -289,7 +323,8 @@ class SleepMonitor(TrainerCallback):
         self._logs += 1
         if self._logs % self.every == 0:
             gradients = {f"gradient_norm_pass_{n}": self._squares[n].sqrt().item() for n in sorted(self._squares)}
-            self.trainer.log(self.measure(model) | gradients)
+            with self.trainer.accelerator.autocast():
+                self.trainer.log(self.measure(model) | gradients)
 
     @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
@@ -342,6 +377,13 @@ def fast_weight_names(model: nn.Module) -> set[str]:
     return {
         name for name, _ in model.named_parameters() if "fast_weights" in name.split(".") or name.startswith(mixers)
     }
+
+
+def freeze_all_but_fast_weights(model: nn.Module) -> None:
+    """Leave the fast weights alone to be trained: injected blocks, and a hybrid's own linear mixers."""
+    names = fast_weight_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
 
 
 def refuse_sharded(model: nn.Module, who: str, instead: str) -> None:

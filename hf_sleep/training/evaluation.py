@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, GenerationConfig, Trainer, TrainerCallback
 
 from ..data import Task
 from .collator import IGNORED, SleepCollator
@@ -96,7 +96,13 @@ class GenerationEvaluation(TrainerCallback):
         batch = SleepCollator(padding_side="left")([{"input_ids": prompt} for _, prompt, _ in rows])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         longest = max(len(answer) for _, _, answer in rows)
-        ids = model.generate(**batch, max_new_tokens=longest, do_sample=False, sleep_passes=passes)
+        # What the base's own generation config asks for, a penalty on repetition for one, is not greedy.
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        try:
+            ids = model.generate(**batch, max_new_tokens=longest, do_sample=False, sleep_passes=passes)
+        finally:
+            model.generation_config = own
         return ids[:, batch["input_ids"].shape[1] :].tolist()
 
 
@@ -111,4 +117,6 @@ def prompt_and_answer(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
             "GenerationEvaluation: a row's labels must be one answer, token after token as in its input_ids, behind a "
             "prompt; where they are not, teacher-forced accuracy (SleepTrainer.evaluate) can judge it"
         )
-    return list(row["input_ids"][: labelled[0]]), answer
+    prompt = row["input_ids"][: labelled[0]]
+    mask = row.get("attention_mask", [1] * len(prompt))
+    return [token for token, real in zip(prompt, mask, strict=False) if real], answer

@@ -12,14 +12,14 @@ from typing import Any
 import datasets
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import SchedulerType, Trainer, TrainerState, TrainingArguments
+from transformers import ProgressCallback, SchedulerType, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from ..data import Task
 from ..hub import write_model_card, write_remote_code
 from ..modeling import SleepForCausalLM
-from .callbacks import DuringStep
+from .callbacks import DuringStep, SleepRecord, TokensPerSecond, sleep_settings
 from .collator import IGNORED, SleepCollator, refuse_packed
 from .evaluation import accuracy_by_difficulty
 from .optimizer import MuonAdamW, check_signature, parameter_groups
@@ -66,6 +66,10 @@ class SleepTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(
+                f"muon_learning_rate={self.muon_learning_rate!r} must be above 0, or None for AdamW on everything"
+            )
         if self.muon_learning_rate is not None and self.optim not in ADAMW:
             raise ValueError(
                 f"optim={self.optim.value!r} with muon_learning_rate={self.muon_learning_rate}: Muon comes with "
@@ -110,6 +114,9 @@ class SleepTrainer(Trainer):
             raise TypeError(f"SleepTrainer needs SleepTrainingArguments as args, not {type(args).__name__}")
         self.task = task
         super().__init__(model, args, data_collator or SleepCollator(), *others, **kwargs)
+        self.add_callback(SleepRecord(self.model))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(TokensPerSecond())
 
     # Training.
 
@@ -120,6 +127,11 @@ class SleepTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             self._check_checkpoint(Path(resume_from_checkpoint))
+        if self.args.world_size > 1 and self.accelerator._models == [self.model]:
+            # An evaluation has prepared the bare model: left like this, every rank would train alone.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -228,16 +240,16 @@ class SleepTrainer(Trainer):
     def _check_checkpoint(self, folder: Path) -> None:
         """Whether this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
         config, state, optimizer = (folder / name for name in ("config.json", "trainer_state.json", "optimizer.pt"))
-        if config.is_file():
-            saved = json.loads(config.read_text()).get("sleep", {})
-            for name, value in self.model.config.sleep.to_dict().items():
-                if name != "version" and saved.get(name, value) != value:
-                    raise ValueError(
-                        f"{folder} was trained with sleep.{name}={saved[name]!r}, this model has {value!r}: build the "
-                        "model as that run did, or start a new run from the checkpoint's weights"
-                    )
-        if state.is_file():
-            written = TrainerState.load_from_json(str(state)).stateful_callbacks
+        written = TrainerState.load_from_json(str(state)).stateful_callbacks if state.is_file() else {}
+        saved = json.loads(config.read_text()).get("sleep", {}) if config.is_file() else {}
+        saved |= written.get("SleepRecord", {"args": {}})["args"]  # an adapter's checkpoint has no config.json
+        for name, value in sleep_settings(self.model).items():
+            if saved.get(name, value) != value:
+                raise ValueError(
+                    f"{folder} was trained with sleep.{name}={saved[name]!r}, this model has {value!r}: build the "
+                    "model as that run did, or start a new run from the checkpoint's weights"
+                )
+        if written:
             names = {kind.__name__ for kind in DuringStep.__subclasses__()}
             theirs = {name: written[name]["args"] for name in names & written.keys()}
             ours = {type(callback).__name__: callback.state()["args"] for callback in self._during_step()}
