@@ -174,10 +174,12 @@ def refusals(folder):
         return "no error"
 
     trainer, _ = make_trainer(folder / "refusals", fsdp=True, max_steps=1)
+    evaluation = message(trainer.evaluate)
     trainer.train()
     model = trainer.model
     model.config.base_model_name_or_path = "somewhere"
     messages = {
+        "evaluation": evaluation,
         "fingerprint": message(lambda: fingerprint(model)),
         "only_sleep": message(lambda: model.save_pretrained(folder / "only_sleep", only_sleep=True)),
         "whole": message(lambda: model.save_pretrained(folder / "whole")),

@@ -162,6 +162,7 @@ def test_nothing_warns_of_what_fsdp_cannot_watch(fsdp):
     ("what", "message"),
     [
         ("fingerprint", "sharded over ranks"),
+        ("evaluation", "Set eval_on_start=True, or evaluate in one process or under DDP"),
         ("only_sleep", "save with trainer.save_model"),
         ("whole", "save with trainer.save_model"),
         ("casts", "FSDP's mixed precision casts them"),

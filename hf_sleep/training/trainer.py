@@ -268,6 +268,11 @@ class SleepTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            raise ValueError(
+                "evaluate() before train() under FSDP: accelerate shards a model together with its optimizer only. "
+                "Set eval_on_start=True, or evaluate in one process or under DDP"
+            )
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         own = self.compute_metrics, self.preprocess_logits_for_metrics
