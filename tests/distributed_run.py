@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -191,6 +192,17 @@ def refusals(folder):
     return messages
 
 
+def recipe(folder):
+    """A recipe, sharded: it must train, evaluate and save."""
+    sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+    from_scratch, train_khop = import_module("from_scratch"), import_module("train_khop")
+    options = ["--steps", "2", "--batch-size", "4", "--test-rows", "16", "--evaluations", "1", "--sleep-passes", "2"]
+    with mock.patch.object(
+        from_scratch, "SleepTrainingArguments", lambda **args: sharded(args, state_dict_type="FULL_STATE_DICT")
+    ):
+        train_khop.main([*options, "--output", str(folder)])
+
+
 def main():
     kind, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -207,6 +219,7 @@ def main():
             torch.save(weights, folder / f"{name}.pt")
     if kind == "fsdp":
         results["refusals"] = refusals(folder)
+        recipe(folder / "recipe")
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

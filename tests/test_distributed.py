@@ -154,6 +154,15 @@ def test_what_fsdp_saves_is_what_it_trained(fsdp):
     assert not torch.equal(checkpoint["fast_weights.0.norm.weight"], trained["fast_weights.0.norm.weight"])
 
 
+def test_a_recipe_trains_evaluates_and_saves_sharded(fsdp):
+    folder = fsdp.folder / "recipe"
+    (result,) = json.loads((folder / "results.json").read_text())
+    assert result["accuracy"].keys() == {"2"}
+    assert fsdp.output.count("| chance |") == 1
+    model = SleepForCausalLM.from_pretrained(folder / "N2-seed0")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 def test_nothing_warns_of_what_fsdp_cannot_watch(fsdp):
     assert "returned a view tensor" not in fsdp.output
 
