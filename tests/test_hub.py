@@ -21,7 +21,14 @@ from test_saving import assert_same_weights, stored
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
 from hf_sleep.hub import (
@@ -401,6 +408,13 @@ def test_what_a_person_wrote_on_the_hub_stays(hub, on_hub):
 # Trainer.
 
 
+class WaitForUploads(TrainerCallback):
+    """With `hub_always_push`, steps as short as these would write the next checkpoint into the files being uploaded."""
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.push_in_progress.wait_until_done()
+
+
 @pytest.mark.parametrize("trainer_class", [Trainer, SleepTrainer])
 def test_the_trainer_pushes(trainer_class, hub, on_hub, tmp_path):
     arguments = SleepTrainingArguments if trainer_class is SleepTrainer else TrainingArguments
@@ -419,9 +433,15 @@ def test_the_trainer_pushes(trainer_class, hub, on_hub, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained("org/tiny")
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
     trainer = trainer_class(model=on_hub, args=args, train_dataset=rows, processing_class=tokenizer)
+    uploads = WaitForUploads()
+    uploads.trainer = trainer
+    trainer.add_callback(uploads)
     trainer.train()
     trainer.push_to_hub()
-    assert hub.messages.count("Training in progress, step 2") == 1
+    assert [message for message in hub.messages if "in progress" in message] == [
+        "Training in progress, step 1",
+        "Training in progress, step 2",
+    ]
     assert hub.messages[-1] == "End of training"
     complete = [REMOTE_CODE_FILE in files for files in hub.commits.values() if "tokenizer_config.json" in files]
     assert complete[1:] == [trainer_class is SleepTrainer] * 2 + [True]
