@@ -202,7 +202,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             hook: `hook(number, states)` is called after each pass over a window that sleeps, the ordinary read being
                 number 1, with the fast weights `[B, H, K, V]` that the pass left in each looped layer, a row per
-                sequence that sleeps. They are part of the graph; they must not be changed.
+                sequence that sleeps. They are part of the graph; they must not be changed. A hook on one of them, for
+                its gradient, must not hold one: that is a cycle through the graph, which no collector sees.
 
         Returns:
             A handle whose `remove()` ends it.

@@ -1,5 +1,6 @@
 """Callbacks: what each changes for a step and takes back, what each measures, and when each stops a run."""
 
+import gc
 import math
 from types import SimpleNamespace
 
@@ -447,6 +448,28 @@ def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, t
         assert measured[f"gradient_norm_pass_{n}"] == pytest.approx(math.sqrt(square), rel=1e-4), n
         assert square > 0
     assert not model._pass_hooks
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_nothing_of_a_step_outlives_it(eviction, checkpointing, tmp_path):
+    """A hook on a tensor that holds the tensor is a cycle which no collector sees: the graph would stay for ever."""
+    model = tiny(eviction=eviction, sleep_passes=3)
+    callbacks = [NonFiniteGuard(), SleepPassesSchedule(1, 3, seed=0)]
+    trainer = trainer_of(tmp_path, model, callbacks, max_steps=5, activation_checkpointing=checkpointing)
+    trainer.add_callback(SleepMonitor(trainer, every=1))
+    left = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            gc.collect()
+            left.append(sum(type(thing) is torch.Tensor and thing.grad_fn is not None for thing in gc.get_objects()))
+
+    trainer.add_callback(Count())
+    trainer.train()
+    assert len(left) == 5
+    assert set(left) == {left[0]}
+    assert any("gradient_norm_pass_3" in entry for entry in measurements(trainer))
 
 
 def test_more_passes_are_more_of_the_time(tmp_path):

@@ -305,8 +305,10 @@ class SleepMonitor(TrainerCallback):
         self._squares.clear()
 
     def _watch(self, number: int, states: list[torch.Tensor]) -> None:
+        device = states[0].device  # a hook that held a state would keep it, and its graph, for ever
+
         def add(gradient: torch.Tensor) -> None:
-            square = gradient.double().square().sum().to(states[0].device)
+            square = gradient.double().square().sum().to(device)
             self._squares[number] = self._squares.get(number, 0.0) + square
 
         for state in states:
