@@ -128,10 +128,10 @@ def complete(options: argparse.Namespace) -> None:
     """Fill in how to sleep where nothing was said: as the checkpoint does; a base, as small as fits a CPU."""
     config = AutoConfig.from_pretrained(options.model)
     small = {"window_size": 64, "sleep_passes": 2, "eviction": "hard", "num_sink_tokens": 0}
-    for name, value in small.items():
+    defaults = {name: getattr(config.sleep, name) for name in small} if isinstance(config, SleepLMConfig) else small
+    for name, value in defaults.items():
         if getattr(options, name) is None:
-            own = isinstance(config, SleepLMConfig)
-            setattr(options, name, getattr(config.sleep, name) if own else value)
+            setattr(options, name, value)
 
 
 class Generation(GenerationEvaluation):

@@ -262,7 +262,7 @@ print(task.score(said.tolist(), row))  # difficulty and whether it is right, for
         for d, score in accuracy.items()
     ]
     data = f"{task}, {options.steps} steps of {options.batch_size * processes} rows."
-    return CardFacts(data, [{"task": type(task).__name__} | metric for metric in metrics], usage)
+    return CardFacts(data, metrics, usage)
 
 
 def table(results: list[dict], task: Task, difficulty: str) -> str:

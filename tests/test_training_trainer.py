@@ -443,6 +443,18 @@ def test_an_adapters_checkpoint_of_another_sleep_is_refused(tmp_path):
     assert again.state.global_step == 2
 
 
+def test_a_run_may_restore_its_callbacks(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    restored = fields | {"restore_callback_states_from_checkpoint": True}
+    trainer_of(tmp_path, tiny(), callbacks=[SleepPassesSchedule(1, 3, seed=0)], **fields).train()
+    for step in (1, 2):  # the second time, from a checkpoint that such a run wrote
+        trainer = trainer_of(tmp_path, tiny(), callbacks=[SleepPassesSchedule(1, 3, seed=0)], **restored)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert trainer.state.global_step == 3
+    with pytest.raises(ValueError, match=r"was trained with sleep\.sleep_passes"):
+        trainer_of(tmp_path, tiny(sleep_passes=7), **restored).train(str(tmp_path / "checkpoint-3"))
+
+
 def test_a_checkpoint_of_the_plain_trainer_goes_on(tmp_path):
     model, rows = tiny(), TASK.dataset(8)
     settings = QUIET | {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}

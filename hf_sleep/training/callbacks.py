@@ -55,11 +55,12 @@ class SleepRecord(TrainerCallback, ExportableState):
     def __init__(self, model: Any = None):
         self.model = model
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.model = model  # restore_callback_states_from_checkpoint makes this object anew, from `state()`
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the plain Trainer's has none
 
     def state(self) -> dict[str, Any]:
-        return {"args": sleep_settings(self.model), "attributes": {}}
+        return {"args": {}, "attributes": {"sleep": sleep_settings(self.model)}}
 
 
 class TokensPerSecond(ProgressCallback):
@@ -382,7 +383,15 @@ def fast_weight_names(model: nn.Module) -> set[str]:
 
 
 def freeze_all_but_fast_weights(model: nn.Module) -> None:
-    """Leave the fast weights alone to be trained: injected blocks, and a hybrid's own linear mixers."""
+    """Train the fast weights and nothing else: sets `requires_grad` of every parameter, in place.
+
+    Fast weights are the injected blocks and a hybrid's own linear mixers, without their MLPs.
+
+    Args:
+        model: a `SleepForCausalLM`, or one wrapped by PEFT, of which an adapter is frozen too.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099), the first stage of the sliding-window recipe.
+    """
     names = fast_weight_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)

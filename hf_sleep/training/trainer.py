@@ -242,7 +242,8 @@ class SleepTrainer(Trainer):
         config, state, optimizer = (folder / name for name in ("config.json", "trainer_state.json", "optimizer.pt"))
         written = TrainerState.load_from_json(str(state)).stateful_callbacks if state.is_file() else {}
         saved = json.loads(config.read_text()).get("sleep", {}) if config.is_file() else {}
-        saved |= written.get("SleepRecord", {"args": {}})["args"]  # an adapter's checkpoint has no config.json
+        if "SleepRecord" in written:  # an adapter's checkpoint has no config.json
+            saved |= written["SleepRecord"]["attributes"]["sleep"]
         for name, value in sleep_settings(self.model).items():
             if saved.get(name, value) != value:
                 raise ValueError(
