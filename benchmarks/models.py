@@ -175,12 +175,12 @@ def reading_and_decoding(run: Run, name: str, base: PreTrainedModel, scale: Scal
     def speeds(model: PreTrainedModel, **kwargs: object) -> tuple[float, float, float]:
         with torch.no_grad():
             read, peak = run.seconds(lambda: model(ids, use_cache=True, logits_to_keep=1, **kwargs), scale.turns)
-            cache = model(ids, use_cache=True, logits_to_keep=1, **kwargs).past_key_values
+            cache = model(ids, use_cache=True, logits_to_keep=1, **kwargs).cache
 
             def decode() -> None:
                 token = ids[:, :1]
                 for _ in range(scale.new_tokens):
-                    token = model(token, past_key_values=cache, use_cache=True, **kwargs).logits[:, -1:].argmax(-1)
+                    token = model(token, cache=cache, use_cache=True, **kwargs).logits[:, -1:].argmax(-1)
 
             decoded, _ = run.seconds(decode, scale.turns)
         return scale.tokens / read, scale.new_tokens / decoded, peak
@@ -203,7 +203,7 @@ def reading_and_decoding(run: Run, name: str, base: PreTrainedModel, scale: Scal
             continue
         cache = SleepCache()
         with torch.no_grad():
-            model(ids, past_key_values=cache, logits_to_keep=1, sleep_passes=1)
+            model(ids, cache=cache, logits_to_keep=1, sleep_passes=1)
             pause, _ = run.seconds(lambda m=model, c=cache: m.sleep(c.fork(), 4), scale.turns)
         held = f"{cache.rows[0].fill} tokens in the window, {cache.num_bytes() / 2**20:.1f} MiB held"
         run.add(f"{name} asleep, L = {window}: a sleep with N = 4", pause * 1e3, "ms", held)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.utils import logging
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep.compat import CACHE
 from hf_sleep.decoders import Decoder
 
 WINDOW = 512
@@ -44,8 +45,8 @@ def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, step
     base(ids[:, :WINDOW], logits_to_keep=1)
     ours, theirs = in_turn(
         [
-            lambda: model(prompt, past_key_values=asleep, logits_to_keep=1, sleep_passes=1),
-            lambda: base(prompt, past_key_values=full, use_cache=True, logits_to_keep=1),
+            lambda: model(prompt, cache=asleep, logits_to_keep=1, sleep_passes=1),
+            lambda: base(prompt, use_cache=True, logits_to_keep=1, **{CACHE: full}),
         ],
         turns=1,
     )
@@ -64,17 +65,17 @@ def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, step
         10.0,
         f"{cache_bytes(full) / 1e6:.1f} MB, {asleep.num_bytes() / 1e6:.1f} MB",
     )
-    model(ids[:, : WINDOW + half], past_key_values=near, logits_to_keep=1, sleep_passes=1)
+    model(ids[:, : WINDOW + half], cache=near, logits_to_keep=1, sleep_passes=1)
     same = DynamicCache(config=base.config)
-    base(ids[:, :half], past_key_values=same, use_cache=True, logits_to_keep=1)
+    base(ids[:, :half], use_cache=True, logits_to_keep=1, **{CACHE: same})
 
     token = iter(itertools.cycle(ids[:, -steps:].split(1, dim=1)))
     after_near, after_far, bare, bare_full = in_turn(
         [
-            lambda: model(next(token), past_key_values=near),
-            lambda: model(next(token), past_key_values=asleep),
-            lambda: base(next(token), past_key_values=same, use_cache=True),
-            lambda: base(next(token), past_key_values=full, use_cache=True),
+            lambda: model(next(token), cache=near),
+            lambda: model(next(token), cache=asleep),
+            lambda: base(next(token), use_cache=True, **{CACHE: same}),
+            lambda: base(next(token), use_cache=True, **{CACHE: full}),
         ],
         turns=steps,
     )
@@ -124,9 +125,9 @@ def decoded_window(model: SleepForCausalLM, report: Report, turns: int) -> None:
     """Sleep on a window that was filled token by token: N - 1 passes."""
     ids = torch.randint(3, model.config.text_config.vocab_size, (1, WINDOW))
     cache = SleepCache()
-    model(ids[:, :-32], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :-32], cache=cache, logits_to_keep=1)
     for token in ids[:, -32:].split(1, dim=1):
-        model(token, past_key_values=cache)
+        model(token, cache=cache)
     layers = model.config.text_config.num_hidden_layers
     for n in (1, 4):
         with mock.patch.object(Decoder, "attention_layer", autospec=True, side_effect=Decoder.attention_layer) as calls:
@@ -207,7 +208,7 @@ def training_memory(report: Report) -> None:
 
     cache = SleepCache()
     with torch.no_grad():
-        model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(rows, 1, dtype=torch.long), cache=cache)
     hidden = rows * window * width * 4
     one, sixteen = peak(1, True), peak(16, True)
     plain = (peak(5, False) - peak(1, False)) / 4

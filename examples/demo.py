@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM, SleepState
+from hf_sleep.compat import CACHE
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHUNK = 512
@@ -95,7 +96,7 @@ def read(model: SleepForCausalLM, ids: torch.Tensor) -> tuple[SleepCache, float]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("reading", total=ids.shape[1], speed=0.0, sleeps=0, kv=0.0)
         for chunk in ids.split(CHUNK, dim=1):
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, cache=cache, logits_to_keep=1)
             speed = cache.get_seq_length() / (time.perf_counter() - start)
             progress.update(
                 task, advance=chunk.shape[1], speed=speed, sleeps=cache.rows[0].sleeps, kv=cache.kv_bytes() / 1e6
@@ -109,7 +110,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, cache: SleepCache | Dy
     for start in range(0, ids.shape[1] - 1, CHUNK):
         targets = ids[0, start + 1 : start + CHUNK + 1]
         chunk = ids[:, start : start + len(targets)]
-        logits = model(chunk, past_key_values=cache, use_cache=True).logits[0].float()
+        logits = model(chunk, use_cache=True, **{CACHE: cache}).logits[0].float()
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     return math.exp(total / (ids.shape[1] - 1))
 
@@ -137,7 +138,7 @@ def generate(model: SleepForCausalLM, ids: torch.Tensor, cache: SleepCache, coun
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
@@ -181,7 +182,7 @@ def main() -> None:
 
     short = ids[:, : sleep.window_size // 2 + 1]
     before = SleepCache()
-    model(short[:, :-1], past_key_values=before, logits_to_keep=1)
+    model(short[:, :-1], cache=before, logits_to_keep=1)
     _, ms_before = generate(model, short, before, 32)
 
     cache, seconds = read(model, ids[:, :-1])

@@ -116,7 +116,7 @@ def _same_width(a: torch.Tensor, b: torch.Tensor) -> Pair:
 class SleepCache(Cache):
     """Cache of a `SleepForCausalLM`: bounded KV, fast weights, and the current window.
 
-    Make an empty one and pass it as `past_key_values`, or take it from a model's output. It holds one batch; every
+    Make an empty one and pass it as `cache`, or take it from a model's output. It holds one batch; every
     row has its own counters, so rows may be of different lengths and sleep at different steps.
 
     Source: Lee et al. 2026, Alg. 1 and §5.
@@ -232,6 +232,11 @@ class SleepCache(Cache):
     @property
     def is_croppable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # Asked by generate before it leaves out what the cache has read; of no layers, all would be linear.
+        return [False]
 
     def __len__(self) -> int:
         return len(self.tensors.layers)

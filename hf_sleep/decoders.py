@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from .compat import CACHE
 from .layers.recurrence import State
 from .offload import as_forward, loaded
 from .ops import gated_delta_rule, short_convolution
@@ -79,7 +80,7 @@ class Decoder:
 
         def run(x: torch.Tensor, pair: Any) -> Any:
             kv.pair = pair
-            x = forward(x, attention_mask=mask, position_embeddings=rope, past_key_values=kv, use_cache=True)
+            x = forward(x, attention_mask=mask, position_embeddings=rope, use_cache=True, **{CACHE: kv})
             return x, kv.pair
 
         x, kv.pair = as_forward(layer, run, x, kv.pair)

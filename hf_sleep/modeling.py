@@ -17,11 +17,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .cache import SleepCache
+from .compat import CACHE, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
 from .hub import (
@@ -96,7 +96,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["FastWeightBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -240,11 +240,12 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Forward.
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SleepCache | None = None,
+        cache: SleepCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -262,7 +263,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: `[B, T]` token ids.
             attention_mask: `[B, T]`, or `[B, past + T]` as generate passes it; 0 at pads, which may stand at either
                 end.
-            past_key_values: the cache to go on from; is moved on, and left as it was when an error is raised.
+            cache: the cache to go on from; is moved on, and left as it was when an error is raised.
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
             labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window.
                 Targets at pads are ignored.
@@ -279,7 +280,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `[B, T or logits_to_keep, vocab]` (zeros at pads), `loss` and
-            `past_key_values`. In training with `labels`, `logits` is `None`, as they are made only where a target wants
+            `cache`. In training with `labels`, `logits` is `None`, as they are made only where a target wants
             them; an explicit `logits_to_keep` asks for them all the same.
 
         Raises:
@@ -293,8 +294,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 "output_attentions and output_hidden_states are not supported: a window's layers run several "
                 "times, so there is no one answer. Run model.decoder's layers to look inside"
             )
-        cache = self._check_cache(past_key_values)
-        layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, cache)
+        held = self._check_cache(cache)
+        layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, held)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
         if backprop_windows is not None and (type(backprop_windows) is not int or backprop_windows < 1):
@@ -303,11 +304,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         sleeper = self._sleeper()
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
-        if cache.is_empty:
-            cache.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
-        in_step = past_key_values is None and not use_cache and self._is_sharded()
+        if held.is_empty:
+            held.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
+        in_step = cache is None and not use_cache and self._is_sharded()
         if not in_step:
-            self._warn_if_untrained(cache, layout, passes)
+            self._warn_if_untrained(held, layout, passes)
 
         targets = None if labels is None else _next_labels(labels, layout)
         keep = min(logits_to_keep or layout.width, layout.width)
@@ -324,7 +325,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         # A loss needs all columns, whatever the caller wants to see of them.
         made = keep if targets is None and not in_step else layout.width
         wanted = None if in_step else _wanted(lean, layout, made)
-        pieces = sleeper.read(cache, layout.compact(embeds), layout.counts, passes, wanted, backprop_windows)
+        pieces = sleeper.read(held, layout.compact(embeds), layout.counts, passes, wanted, backprop_windows)
         logits = loss = None
         if lean is not None:
             loss = self._loss_of_pieces(pieces, lean, embeds)
@@ -337,39 +338,40 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             # Where there is nothing to predict the loss is 0, not 0 / 0.
             loss = loss / count.to(loss.device).clamp(min=1)
 
-        cache.columns += columns
-        if past_key_values is not None:
-            past_key_values.assign(cache)
-            cache = past_key_values
-        use_cache = past_key_values is not None if use_cache is None else use_cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        held.columns += columns
+        if cache is not None:
+            cache.assign(held)
+            held = cache
+        use_cache = cache is not None if use_cache is None else use_cache
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: held if use_cache else None})
         return output.to_tuple() if return_dict is False else output
 
     def _is_sharded(self) -> bool:
         """Whether ranks hold a part of the weights each (FSDP2)."""
         return dist.is_initialized() and any(isinstance(module, FSDPModule) for module in self.modules())
 
-    def sleep(self, past_key_values: SleepCache, sleep_passes: int | None = None) -> SleepCache:
+    @takes_cache
+    def sleep(self, cache: SleepCache, sleep_passes: int | None = None) -> SleepCache:
         """Sleep now, on windows that are not full: in idle time, or at the end of a document.
 
         Args:
-            past_key_values: is moved on; rows that have read nothing since their last sleep are left alone.
+            cache: is moved on; rows that have read nothing since their last sleep are left alone.
             sleep_passes: N; by default the config's. Each window was already read once, so this runs N - 1 passes.
 
         Returns:
-            `past_key_values`.
+            `cache`.
 
         Raises:
             ValueError: a cache that this model did not write, or an impossible N.
         """
         passes = self._check_passes(sleep_passes)
-        cache = self._check_cache(past_key_values)
-        if cache.is_empty:
-            raise ValueError("past_key_values has read nothing yet: there is nothing to sleep on")
+        held = self._check_cache(cache)
+        if held.is_empty:
+            raise ValueError("cache has read nothing yet: there is nothing to sleep on")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
-            self._sleeper().consolidate(cache, list(range(len(cache.rows))), passes)
-        past_key_values.assign(cache)
-        return past_key_values
+            self._sleeper().consolidate(held, list(range(len(held.rows))), passes)
+        cache.assign(held)
+        return cache
 
     # Logits and loss.
 
@@ -442,13 +444,13 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             return SleepCache()
         if not isinstance(cache, SleepCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}: a sleeping model needs a hf_sleep.SleepCache "
+                f"cache is a {type(cache).__name__}: a sleeping model needs a hf_sleep.SleepCache "
                 "(make an empty one, "
                 "or let generate make it)"
             )
         if not cache.is_empty and not cache.belongs_to(self):
             raise ValueError(
-                "past_key_values was written by another model, whose fast weights mean nothing to this one: "
+                "cache was written by another model, whose fast weights mean nothing to this one: "
                 "start with an empty "
                 "SleepCache"
             )
@@ -479,7 +481,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         batch, width = given.shape
         if not cache.is_empty and len(cache.rows) != batch:
             raise ValueError(
-                f"past_key_values holds {len(cache.rows)} sequences, the input {batch}: use "
+                f"cache holds {len(cache.rows)} sequences, the input {batch}: use "
                 "cache.batch_select_indices or "
                 "batch_repeat_interleave to match them"
             )
@@ -540,8 +542,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 "attention_mask ends with pads, and generate goes on from the last column: pad prompts on the left "
                 "(tokenizer.padding_side = 'left')"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SleepCache()
+        if (given := model_kwargs.get(CACHE)) is not None:
+            # It outlives the call, so a stop that is noticed a step late must not be taken back from it: it cannot be.
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs[CACHE] = SleepCache()
 
     # Saving and loading.
 
@@ -749,7 +754,7 @@ def _layout_of_mask(mask: torch.Tensor) -> Layout:
         raise ValueError(
             f"attention_mask has zeros between ones in row {holes[0]}: pads may stand at the ends only. Move "
             "them there, or "
-            "pass the parts one after the other with past_key_values"
+            "pass the parts one after the other with cache"
         )
     return Layout(start.tolist(), counts.tolist(), width)
 

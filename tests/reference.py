@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from hf_sleep.compat import CACHE
+
 
 def delta_rule(q, k, v, g, beta, S):
     """Gated delta rule of q, k `[T, H, K]`, v `[T, H, V]`, g, beta `[T, H]`, S `[H, K, V]`: o `[T, H, V]`, S."""
@@ -81,7 +83,7 @@ class LayerCache:
     def __init__(self, kv=None, S=None, tail=None):
         self.kv, self.S, self.tail = kv, S, tail
 
-    def update(self, k, v, layer_idx):
+    def update(self, k, v, layer_idx, **_):
         self.kv = (k, v) if self.kv is None else tuple(torch.cat(pair, 2) for pair in zip(self.kv, (k, v), strict=True))
         return self.kv
 
@@ -159,11 +161,11 @@ class Row:
             elif key in self.memory:
                 cache = LayerCache(S=self.memory[key][0], tail=self.start[key][1])
                 with mock.patch.multiple(sys.modules[type(layer).__module__], **NAIVE):
-                    h = layer(h, attention_mask=None, past_key_values=cache, position_embeddings=None)
+                    h = layer(h, attention_mask=None, position_embeddings=None, **{CACHE: cache})
                 self.memory[key] = (cache.S, cache.tail)
             else:
                 cache, mask = LayerCache(kv=self.kv.get(i)), self.mask(i)
-                h = layer(h, attention_mask=mask, past_key_values=cache, position_embeddings=self.rotary(i, h))
+                h = layer(h, attention_mask=mask, position_embeddings=self.rotary(i, h), **{CACHE: cache})
                 self.current[i] = cache.kv
             if str(i) in self.blocks:
                 key = f"blocks.{i}"

@@ -127,10 +127,10 @@ def test_turns_on_a_returned_cache_are_one_conversation(family, eviction):
     for turn in range(3):
         ids = ids if cache is None else torch.cat((ids, torch.stack([tokens(3, 10 * turn + r) for r in (0, 1)])), 1)
         # Without a mask generate would take what it said for pads where it said the pad token.
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **settings)
         assert torch.equal(out.sequences[:, :-4], ids)
         assert_greedy(model, out.sequences, 4)
-        ids, cache = out.sequences, out.past_key_values
+        ids, cache = out.sequences, out.cache
         lengths.append(cache.get_seq_length())
         assert {row.seen for row in cache.rows} == {cache.get_seq_length()}
     # The last token that was said is not read yet; it is read with the next turn.
@@ -156,7 +156,7 @@ def test_rows_sleep_while_they_generate(family, eviction):
     model = sleeper(family, eviction)
     ids, mask = pad([tokens(2 * L, 1), tokens(2, 2)], "left")
     out = model.generate(ids, attention_mask=mask, max_new_tokens=2 * L + 1, return_dict_in_generate=True, **GREEDY)
-    rows = out.past_key_values.rows
+    rows = out.cache.rows
     assert [(row.seen, row.sleeps, row.fill) for row in rows] == [(4 * L, 3, L), (2 * L + 2, 2, 2)]
 
 
@@ -204,7 +204,7 @@ REFUSED = {
         lambda: {"cache_implementation": "offloaded"},
         "='offloaded' cannot hold fast weights: leave it unset",
     ),
-    "DynamicCache": (lambda: {"past_key_values": DynamicCache()}, "is a DynamicCache: .* needs a hf_sleep.SleepCache"),
+    "DynamicCache": (lambda: {"cache": DynamicCache()}, "is a DynamicCache: .* needs a hf_sleep.SleepCache"),
 }
 
 
@@ -220,7 +220,7 @@ def test_what_would_lose_the_memory_is_refused(case):
 
 def read(model, ids, cache, **kwargs):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).logits
+        return model(ids, cache=cache, **kwargs).logits
 
 
 def two_rows(model) -> SleepCache:
@@ -369,7 +369,6 @@ def test_eager_attention_is_the_same_as_sdpa(family, eviction):
         model.lm.set_attn_implementation("eager")
         cache = SleepCache()
         parts = [
-            model(ids[:, a : a + 3], attention_mask=mask[:, a : a + 3], past_key_values=cache).logits
-            for a in range(0, 17, 3)
+            model(ids[:, a : a + 3], attention_mask=mask[:, a : a + 3], cache=cache).logits for a in range(0, 17, 3)
         ]
     assert (torch.cat(parts, 1) - expected).abs().max() < 1e-3 * expected.abs().max()

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, SleepLMConfig, ops
+from hf_sleep.compat import CACHE
 from hf_sleep.info import SleepInfo, describe
 
 HARD = {"sleep_passes": 3, "num_sink_tokens": 2, "loop_layers": (1, 3)}
@@ -40,7 +41,7 @@ def test_memory_is_what_a_model_holds_that_has_slept(family: str, settings: dict
         for window in tokens(5 * size).view(5, 1, size):
             # A window less one token, then the one that fills it.
             for part in (window[:, :-1], window[:, -1:]):
-                model(part, past_key_values=cache)
+                model(part, cache=cache)
                 held.append((cache.kv_bytes(), cache.num_bytes()))
                 assert cache.fast_weight_bytes() == info.fast_weight_bytes
     assert max(kv for kv, _ in held) == info.kv_bytes
@@ -76,7 +77,7 @@ def test_the_plain_base_is_compared_at_its_longest(family: str) -> None:
         base.config.total_ut_steps = 3
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
-        base(tokens(20)[None], past_key_values=cache)
+        base(tokens(20)[None], **{CACHE: cache})
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     info = describe(base.config, sleep_config(family), torch.float32)
     # transformers keeps one token less than a layer's window, because the next token is of the window too.
@@ -113,14 +114,14 @@ def spent_by_a_stream(model, size: int) -> tuple[int, int, int]:
     """FLOPs of a window read, of the sleep on it, and of a token in the middle of the next one."""
     cache, sleeper = SleepCache(), model._sleeper()
     with torch.no_grad():
-        model(tokens(3 * size)[None], past_key_values=cache)
+        model(tokens(3 * size)[None], cache=cache)
         model.sleep(cache)
         x = model.decoder.embed(tokens(size)[None])
     read = spent(lambda: sleeper.wake(cache, [0], x, [size], True))
     slept = spent(lambda: model.sleep(cache))
     with torch.no_grad():
-        model(tokens(size // 2 - 1)[None], past_key_values=cache)
-    return read, slept, spent(lambda: model(tokens(1)[None], past_key_values=cache))
+        model(tokens(size // 2 - 1)[None], cache=cache)
+    return read, slept, spent(lambda: model(tokens(1)[None], cache=cache))
 
 
 @pytest.mark.parametrize(("family", "settings"), SLEEPS)

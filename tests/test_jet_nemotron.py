@@ -106,7 +106,7 @@ def continued(model, ids, sizes, cache=None, mask=None, **kwargs):
     for piece in ids.split(sizes, dim=1):
         past += piece.shape[1]
         seen = None if mask is None else mask[:, :past]
-        logits.append(model(piece, attention_mask=seen, past_key_values=cache, use_cache=True, **kwargs).logits)
+        logits.append(model(piece, attention_mask=seen, cache=cache, use_cache=True, **kwargs).logits)
     return torch.cat(logits, dim=1), cache
 
 
@@ -127,7 +127,7 @@ def test_forward_is_the_references(shared, golden, name):
         close(hidden[:, -wanted.shape[1] :], wanted)
     wanted = golden[f"{name}.hidden.last_prenorm"]
     close(before_norm[0][:, -wanted.shape[1] :], wanted)
-    check_states(output.past_key_values, golden, name)
+    check_states(output.cache, golden, name)
 
 
 @pytest.mark.parametrize("name", ["short", "long"])
@@ -148,7 +148,7 @@ def test_a_padded_batch_is_the_references(shared, golden):
     positions = golden["padded.position_ids"]
     output = shared(ids, attention_mask=mask, position_ids=positions, use_cache=True)
     close(output.logits[real], golden["padded.logits"][real])
-    cache = output.past_key_values
+    cache = output.cache
     prefilled = golden | {
         f"padded.state.1.{kind}": golden[f"padded.decode.state.1.{kind}"][:, :, :50] for kind in ("key", "value")
     }
@@ -528,7 +528,7 @@ def test_a_conversation_goes_on_from_the_returned_cache(shared, golden):
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     first = shared.generate(ids[:, :30], max_new_tokens=5, **options)
     prompt = torch.cat([first.sequences, ids[:, 30:33]], dim=1)
-    second = shared.generate(prompt, past_key_values=first.past_key_values, max_new_tokens=8, **options)
+    second = shared.generate(prompt, cache=first.cache, max_new_tokens=8, **options)
     assert torch.equal(second.sequences, shared.generate(prompt, max_new_tokens=8, **options).sequences)
 
 
@@ -592,8 +592,8 @@ def test_stateful_models_are_not_assisted(shared, golden):
             "pass exactly one of input_ids and inputs_embeds",
         ),
         (
-            lambda m: {"input_ids": torch.ones(1, 2, dtype=torch.long), "past_key_values": DynamicCache()},
-            r"past_key_values has 0 layers, the model 6: .*DynamicCache\(config=model.config\)",
+            lambda m: {"input_ids": torch.ones(1, 2, dtype=torch.long), "cache": DynamicCache()},
+            r"cache has 0 layers, the model 6: .*DynamicCache\(config=model.config\)",
         ),
         (
             lambda m: {

@@ -87,7 +87,7 @@ def stream(model, ids, sizes, cache=None, **kwargs):
     for size in sizes:
         part = slice(first, first + size)
         kwargs["attention_mask"] = None if mask is None else mask[:, part]
-        logits.append(model(ids[:, part], past_key_values=cache, **kwargs).logits)
+        logits.append(model(ids[:, part], cache=cache, **kwargs).logits)
         first += size
     assert first == ids.shape[1]
     return torch.cat(logits, 1), cache
@@ -228,7 +228,7 @@ def test_3_logits_and_states_are_those_of_algorithm_1(case):
         out = model(ids[None], use_cache=True)
         run = reference_run(model, ids)
         assert_close(out.logits[0], run.logits, what="logits")
-        assert_same_states(states(model, out.past_key_values), run.memory)
+        assert_same_states(states(model, out.cache), run.memory)
 
 
 @pytest.mark.parametrize("case", SPREAD)
@@ -260,9 +260,9 @@ def test_3_each_row_counts_its_own_sleeps_where_gradients_are_cut(family, backpr
         ids, mask = pad([past[r] for r in rows], "left")
         cache = SleepCache()
         with torch.no_grad():
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, cache=cache)
         settings = {"num_items_in_batch": 1, "backprop_windows": backprop_windows}
-        return loss_and_gradients(model, model(turn[rows], labels=turn[rows], past_key_values=cache, **settings).loss)
+        return loss_and_gradients(model, model(turn[rows], labels=turn[rows], cache=cache, **settings).loss)
 
     with exact():
         together, alone = gradients([0, 1, 2]), [gradients([r]) for r in range(3)]
@@ -282,7 +282,7 @@ def test_3_explicit_sleeps_consolidate_partial_windows(case):
     with exact(), torch.no_grad():
         run = reference_run(model, ids, sleep_after=explicit)
         for t in range(T):
-            logits.append(model(ids[None, t : t + 1], past_key_values=cache).logits[0])
+            logits.append(model(ids[None, t : t + 1], cache=cache).logits[0])
             if t in explicit:
                 model.sleep(cache)
                 model.sleep(cache)  # nothing was read in between: nothing happens
@@ -344,7 +344,7 @@ def test_5_a_row_is_what_it_is_alone(case, side):
             full_mask = torch.cat((full_mask, mask), 1)
             steps = [ids.shape[1]] if number < 2 else [1] * ids.shape[1]
             if number == 1:
-                logits = model(ids, attention_mask=full_mask, past_key_values=cache).logits
+                logits = model(ids, attention_mask=full_mask, cache=cache).logits
             else:
                 logits, _ = stream(model, ids, steps, cache, attention_mask=mask)
             assert not logits[mask == 0].any()
@@ -380,10 +380,10 @@ def test_6_after_a_hard_eviction_the_past_is_in_the_fast_weights_alone(case):
         model.sleep(theirs)
         assert mine.max_kv_length == 0
         assert mine.kv_bytes() == 0
-        expected = model(question, past_key_values=theirs.fork()).logits
-        assert (model(question, past_key_values=mine.fork()).logits - expected).abs().max() > 1e-2
-        assert torch.equal(model(question, past_key_values=with_memory_of(mine, theirs)).logits, expected)
-        assert_close(model(question, past_key_values=with_memory_of(mine, None)).logits, model(question).logits)
+        expected = model(question, cache=theirs.fork()).logits
+        assert (model(question, cache=mine.fork()).logits - expected).abs().max() > 1e-2
+        assert torch.equal(model(question, cache=with_memory_of(mine, theirs)).logits, expected)
+        assert_close(model(question, cache=with_memory_of(mine, None)).logits, model(question).logits)
 
 
 @pytest.mark.parametrize("case", [case for case in FULL if "/hard/" in case])
@@ -416,7 +416,7 @@ def test_7_memory_is_bounded_whatever_was_read(case):
     with torch.no_grad():
         for t in [*range(8 * L), *range(8 * L, 12 * L, 2 * L)]:
             width = 1 if t < 8 * L else 2 * L
-            model(ids[:, t : t + width], past_key_values=cache)
+            model(ids[:, t : t + width], cache=cache)
             assert cache.max_kv_length <= bound
             assert cache.kv_bytes() <= bound * per_token
             sizes.append(cache.kv_bytes())

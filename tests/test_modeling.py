@@ -104,13 +104,13 @@ def test_what_cannot_be_read_changes_nothing(case, eviction):
     model = sleeper(eviction=eviction)
     ids, mask = pad([tokens(2 * L + 3, 1), tokens(L, 2)], "left")
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True).cache
     before = snapshot(cache)
     with pytest.raises(ValueError, match=message):
-        model(past_key_values=cache, **settings)
+        model(cache=cache, **settings)
     assert_untouched(cache, before)
     with torch.no_grad():
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
     assert cache.get_seq_length() == before[2] + 3
 
 
@@ -118,7 +118,7 @@ def test_a_failure_half_way_changes_nothing():
     """The last layer of the last window breaks, after two sleeps."""
     model, cache = sleeper(), SleepCache()
     with torch.no_grad():
-        model(tokens(L - 1)[None], past_key_values=cache)
+        model(tokens(L - 1)[None], cache=cache)
     before, embeds = snapshot(cache), model.lm.get_input_embeddings()(tokens(2 * L)[None])
     calls = []
 
@@ -129,16 +129,16 @@ def test_a_failure_half_way_changes_nothing():
 
     handle = model.lm.model.layers[-1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"), torch.no_grad():
-        model(inputs_embeds=embeds, past_key_values=cache)
+        model(inputs_embeds=embeds, cache=cache)
     handle.remove()
     assert_untouched(cache, before)
 
 
 def test_a_cache_of_another_model_is_refused():
     model, other = sleeper(), sleeper()
-    cache = model(tokens(L)[None], use_cache=True).past_key_values
+    cache = model(tokens(L)[None], use_cache=True).cache
     before = snapshot(cache)
-    for call in (lambda: other(tokens(1)[None], past_key_values=cache), lambda: other.sleep(cache)):
+    for call in (lambda: other(tokens(1)[None], cache=cache), lambda: other.sleep(cache)):
         with pytest.raises(ValueError, match=r"written by another model.*start with an empty SleepCache"):
             call()
     assert_untouched(cache, before)
@@ -147,10 +147,10 @@ def test_a_cache_of_another_model_is_refused():
 def test_only_a_sleep_cache_can_be_slept_on():
     model = sleeper()
     with pytest.raises(ValueError, match=r"is a DynamicCache: .* needs a hf_sleep\.SleepCache"):
-        model(tokens(L)[None], past_key_values=DynamicCache())
+        model(tokens(L)[None], cache=DynamicCache())
     with pytest.raises(ValueError, match="nothing to sleep on"):
         model.sleep(SleepCache())
-    cache = model(tokens(L)[None], use_cache=True).past_key_values
+    cache = model(tokens(L)[None], use_cache=True).cache
     before = snapshot(cache)
     with pytest.raises(ValueError, match="sleep_passes=0: it must be an integer of at least 1"):
         model.sleep(cache, sleep_passes=0)
@@ -177,8 +177,8 @@ def test_embeddings_serve_as_ids(family):
         embeds = model.get_input_embeddings()(ids)
         out = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
         assert torch.equal(out.logits, expected.logits)
-        more = model(tokens(8, 4).view(2, 4), past_key_values=out.past_key_values).logits
-        assert torch.equal(more, model(tokens(8, 4).view(2, 4), past_key_values=expected.past_key_values).logits)
+        more = model(tokens(8, 4).view(2, 4), cache=out.cache).logits
+        assert torch.equal(more, model(tokens(8, 4).view(2, 4), cache=expected.cache).logits)
 
 
 @pytest.mark.parametrize("loop", [None, (1, 3)])
@@ -204,10 +204,10 @@ def test_a_tuple_is_given_where_it_is_asked_for():
     assert torch.equal(logits, out.logits)
     assert type(cache) is SleepCache
     assert len(model(ids, return_dict=False)) == 1
-    assert model(ids).past_key_values is None
+    assert model(ids).cache is None
     passed = SleepCache()
-    assert model(ids, past_key_values=passed).past_key_values is passed
-    assert model(ids, past_key_values=SleepCache(), use_cache=False).past_key_values is None
+    assert model(ids, cache=passed).cache is passed
+    assert model(ids, cache=SleepCache(), use_cache=False).cache is None
 
 
 def test_the_vocabulary_can_grow(tmp_path):
@@ -321,14 +321,14 @@ def test_a_base_that_checkpoints_itself_hands_that_over():
 def test_sleep_in_idle_time_keeps_no_graph():
     model, cache = sleeper(), SleepCache()
     with torch.no_grad():
-        model(tokens(L - 1)[None], past_key_values=cache)
+        model(tokens(L - 1)[None], cache=cache)
     model.sleep(cache)
     assert not any(t.requires_grad for pair in cache.tensors.layers if pair for t in pair)
 
 
 def test_a_cache_says_how_it_can_be_kept():
     cache = SleepCache()
-    sleeper()(tokens(3)[None], past_key_values=cache)
+    sleeper()(tokens(3)[None], cache=cache)
     with pytest.raises(TypeError, match=r"SleepState\.from_cache"):
         pickle.dumps(cache)
     assert copy.copy(cache).tensors is cache.tensors
@@ -436,12 +436,12 @@ def test_past_a_million_tokens_nothing_has_drifted():
     period, cache = tokens(size)[None], SleepCache()
     chunk = period.repeat(1, 128)
     with torch.no_grad():
-        model(period.repeat(1, 4), past_key_values=cache, logits_to_keep=1)
-        early = model(period, past_key_values=cache.fork()).logits
+        model(period.repeat(1, 4), cache=cache, logits_to_keep=1)
+        early = model(period, cache=cache.fork()).logits
         while cache.rows[0].seen <= 2**20:
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, cache=cache, logits_to_keep=1)
             assert cache.rows[0].position <= sleep.max_position
-        late = model(period, past_key_values=cache).logits
+        late = model(period, cache=cache).logits
         assert torch.equal(late, early)
         # It does depend on what came right before, so the comparison is of something.
         assert not torch.equal(model(period).logits, early)

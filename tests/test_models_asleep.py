@@ -81,7 +81,7 @@ def test_jet_nemotron_writes_its_fast_weights_once_outside_the_loop():
     for passes in (1, 3):
         cache = SleepCache()
         with torch.no_grad():
-            model(ids[None], past_key_values=cache)
+            model(ids[None], cache=cache)
             model.sleep(cache, sleep_passes=passes)
         states[passes] = [pair and pair[0] for pair in cache.tensors.layers]
     assert torch.equal(states[1][0], states[3][0])
@@ -127,7 +127,7 @@ def test_the_norm_closes_every_pass_that_reaches_the_last_layer(loop, norms):
     """One read, then a sleep of N = 4: three more passes; where the loop ends before, the layers behind it once."""
     model, cache = make_model("ouro", sleep_config("ouro", loop_layers=loop)), SleepCache()
     with mock.patch.object(model.lm.model.norm, "forward", wraps=model.lm.model.norm.forward) as norm, torch.no_grad():
-        model(tokens(6)[None], past_key_values=cache)
+        model(tokens(6)[None], cache=cache)
         model.sleep(cache, sleep_passes=4)
     assert norm.call_count == norms
 
@@ -164,6 +164,6 @@ def test_a_looped_ouro_stays_finite_through_many_passes():
     randomize(model.fast_weights, 3)
     cache = SleepCache()
     with torch.no_grad():
-        logits = model(tokens(20)[None], past_key_values=cache).logits
+        logits = model(tokens(20)[None], cache=cache).logits
     assert logits.isfinite().all()
     assert all(pair[0].abs().max() < 1e3 for pair in cache.tensors.layers if pair)

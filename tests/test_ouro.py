@@ -112,7 +112,7 @@ def test_logits_to_keep(model):
 @pytest.mark.parametrize("step", range(T))
 def test_exit_at_step_runs_no_further_loop(model, step):
     cache = DynamicCache()
-    out = model(IDS, exit_at_step=step, past_key_values=cache, output_hidden_states=True)
+    out = model(IDS, exit_at_step=step, cache=cache, output_hidden_states=True)
     close(out.logits, GOLDEN["logits_per_step"][step])
     assert len(out.hidden_states) == (step + 1) * L + 1
     assert len(cache.layers) == (step + 1) * L
@@ -188,8 +188,8 @@ def test_loss_and_gradients(either):
 @pytest.mark.parametrize("prefill", [0, 16])
 def test_decoding(model, kind, prefill):
     cache = new_cache(model, kind)
-    parts = [model(IDS[:, :prefill], past_key_values=cache).logits] if prefill else []
-    parts += [model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(prefill, IDS.shape[1])]
+    parts = [model(IDS[:, :prefill], cache=cache).logits] if prefill else []
+    parts += [model(IDS[:, t : t + 1], cache=cache).logits for t in range(prefill, IDS.shape[1])]
     close(torch.cat(parts, dim=1), GOLDEN["logits_per_step"][-1])
     assert len(cache.layers) == T * L
     close(torch.stack([layer.keys for layer in cache.layers]), GOLDEN["cache_keys"])
@@ -346,7 +346,7 @@ def test_grouped_heads_of_another_width_equal_a_plain_forward(attention):
     close(out.exit_probabilities, probabilities, atol=2e-6)
     close(out.exit_probabilities.sum(-1), torch.ones(2, 17), atol=1e-6)
     assert out.exit_probabilities.amin() < 0.1 < 0.5 < out.exit_probabilities.amax()
-    assert out.past_key_values.layers[-1].keys.shape == (2, 2, 17, 20)
+    assert out.cache.layers[-1].keys.shape == (2, 2, 17, 20)
     mixed = (probabilities.movedim(-1, 0)[..., None] * expected).sum(0)
     close(lm(ids, use_weighted_exit=True).logits, mixed)
     close(lm(ids, labels=ids).loss, shifted_loss(mixed, ids), atol=1e-5)
@@ -384,7 +384,7 @@ def test_a_layer_runs_alone(model):
     class Recorder:
         slots = []
 
-        def update(self, keys, values, slot):
+        def update(self, keys, values, slot, **_):
             assert keys.shape == values.shape == (2, 4, 40, 16)
             self.slots.append(slot)
             return keys, values
@@ -392,7 +392,7 @@ def test_a_layer_runs_alone(model):
     base, x, kv = model.model, model.model.embed_tokens(IDS), Recorder()
     rope = base.rotary_emb(x, torch.arange(IDS.shape[1])[None])
     for index, layer in enumerate(base.layers):
-        x = layer(x, attention_mask=None, position_embeddings=rope, past_key_values=kv, use_cache=True)
+        x = layer(x, attention_mask=None, position_embeddings=rope, cache=kv, use_cache=True)
         close(x, GOLDEN["layer_outputs"][0, index])
     assert kv.slots == [0, 1, 2]
 
@@ -419,7 +419,7 @@ def test_packed_sequences_do_not_see_each_other(model):
 def test_exits_while_decoding(model, exits, kind):
     cache = new_cache(model, kind)
     chunks = IDS.split((20, 13, 1, 6), dim=1)
-    parts = [model(chunk, past_key_values=cache, **exits).logits for chunk in chunks]
+    parts = [model(chunk, cache=cache, **exits).logits for chunk in chunks]
     close(torch.cat(parts, dim=1), model(IDS, use_cache=False, **exits).logits)
     assert len(cache.layers) == L * (exits.get("exit_at_step", T - 1) + 1)
 
@@ -440,7 +440,7 @@ def test_sampling_with_exits(model, exits, options):
     with torch.no_grad():
         expected = model(out.sequences, use_cache=False, **exits).logits[:, 6:-1]
     close(torch.stack(out.logits, dim=1), expected)
-    assert len(out.past_key_values.layers) == L * (exits.get("exit_at_step", T - 1) + 1)
+    assert len(out.cache.layers) == L * (exits.get("exit_at_step", T - 1) + 1)
     assert not torch.equal(out.sequences, model.generate(prompt, **{**GREEDY, "max_new_tokens": 8}, **exits))
 
 
@@ -470,7 +470,7 @@ def test_chunks_of_a_padded_prompt(model, size):
     cache, parts = DynamicCache(), []
     for start in range(0, 11, size):
         end = min(start + size, 11)
-        part = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "past_key_values": cache}
+        part = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "cache": cache}
         parts.append(model(ids[:, start:end], **part).logits)
     close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()])
 
@@ -478,9 +478,9 @@ def test_chunks_of_a_padded_prompt(model, size):
 @torch.no_grad()
 def test_positions_count_on_from_the_cache(model):
     cache = DynamicCache()
-    model(IDS[:, :30], past_key_values=cache)
+    model(IDS[:, :30], cache=cache)
     embeds = model.model.embed_tokens(IDS[:, 30:])
-    close(model(inputs_embeds=embeds, past_key_values=cache).logits, GOLDEN["logits_per_step"][-1][:, 30:])
+    close(model(inputs_embeds=embeds, cache=cache).logits, GOLDEN["logits_per_step"][-1][:, 30:])
 
 
 @torch.no_grad()
@@ -489,10 +489,10 @@ def test_a_compiled_static_step(model, attribute):
     """The step that generate compiles on a GPU, as one graph."""
     exits = {attribute: 1}
     cache = StaticCache(config=model.config, max_cache_len=40)
-    model(IDS[:, :20], past_key_values=cache, **exits)
+    model(IDS[:, :20], cache=cache, **exits)
     torch._dynamo.reset()
     step = torch.compile(model, backend="eager", fullgraph=True)
-    logits = [step(IDS[:, t : t + 1], past_key_values=cache, **exits).logits for t in range(20, 23)]
+    logits = [step(IDS[:, t : t + 1], cache=cache, **exits).logits for t in range(20, 23)]
     close(torch.cat(logits, dim=1), model(IDS[:, :23], use_cache=False, **exits).logits[:, 20:])
     torch._dynamo.reset()
 
@@ -521,7 +521,7 @@ def test_exit_errors(model, exits, words):
     cache = DynamicCache(config=model.config)
     for call in (model, model.model):
         with pytest.raises(ValueError, match="exit") as error:
-            call(IDS, past_key_values=cache, **exits)
+            call(IDS, cache=cache, **exits)
         assert all(word in str(error.value) for word in words), error.value
     assert len(cache.layers) == L
     assert cache.get_seq_length() == 0
@@ -537,29 +537,29 @@ def test_either_ids_or_embeddings(model):
 @pytest.mark.parametrize("kind", ["grows", "config", "static"])
 def test_deeper_loops_cannot_go_on_from_a_shallow_cache(model, kind):
     cache = new_cache(model, kind)
-    model(IDS[:, :5], past_key_values=cache, exit_at_step=0)
-    model(IDS[:, 5:8], past_key_values=cache, exit_at_step=0)
+    model(IDS[:, :5], cache=cache, exit_at_step=0)
+    model(IDS[:, 5:8], cache=cache, exit_at_step=0)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     for exits in ({}, {"exit_at_step": 1}, {"exit_threshold": 0.5}):
         with pytest.raises(ValueError, match=r"8 tokens of loop 0 and 0 of loop 1.*use exit_at_step=0 or less"):
-            model(IDS[:, 8:9], past_key_values=cache, **exits)
+            model(IDS[:, 8:9], cache=cache, **exits)
     assert len(cache.layers) == len(before)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
-    logits = model(IDS[:, 8:9], past_key_values=cache, exit_at_step=0).logits
+    logits = model(IDS[:, 8:9], cache=cache, exit_at_step=0).logits
     close(logits, GOLDEN["logits_per_step"][0][:, 8:9])
 
 
 @torch.no_grad()
 def test_a_full_cache_may_go_on_shallower_but_not_back(model):
     cache = DynamicCache()
-    model(IDS[:, :5], past_key_values=cache)
-    close(model(IDS[:, 5:6], past_key_values=cache, exit_at_step=1).logits, GOLDEN["logits_per_step"][1][:, 5:6])
+    model(IDS[:, :5], cache=cache)
+    close(model(IDS[:, 5:6], cache=cache, exit_at_step=1).logits, GOLDEN["logits_per_step"][1][:, 5:6])
     with pytest.raises(ValueError, match=r"6 tokens of loop 0 and 5 of loop 2.*3 loops.*exit_at_step=1 or less"):
-        model(IDS[:, 6:7], past_key_values=cache)
+        model(IDS[:, 6:7], cache=cache)
     with pytest.raises(ValueError, match="6 tokens of loop 0 and 5 of loop 2"):
-        model.generate(IDS[:, :7], past_key_values=cache, **GREEDY)
+        model.generate(IDS[:, :7], cache=cache, **GREEDY)
 
 
 @pytest.mark.parametrize(

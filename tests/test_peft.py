@@ -156,11 +156,11 @@ def test_memory_is_carried_and_resumed_through_an_adapter(tuned, tmp_path):
     model = tuned.model.get_base_model()
     cache, whole = SleepCache(), SleepCache()
     with torch.no_grad():
-        expected = model(IDS, past_key_values=whole).logits
-        model(IDS[:, : L + 2], past_key_values=cache)
+        expected = model(IDS, cache=whole).logits
+        model(IDS[:, : L + 2], cache=cache)
         SleepState.from_cache(model, cache).save(tmp_path / "state.safetensors")
         state = SleepState.load(tmp_path / "state.safetensors")
-        rest = model(IDS[:, L + 2 :], past_key_values=state.to_cache(model)).logits
+        rest = model(IDS[:, L + 2 :], cache=state.to_cache(model)).logits
         assert_close(rest, expected[:, L + 2 :], 1e-5)
         asleep = model.sleep(cache)
     assert asleep.rows[0].fill == 0

@@ -57,7 +57,7 @@ def test_every_stream_is_the_reference(family, config, plan, whole_mask):
                 read[r] += length
                 passes[r] += [n] * length
             past = torch.cat((past, mask), 1)
-            out = model(ids, attention_mask=past if whole_mask else mask, past_key_values=cache, sleep_passes=n)
+            out = model(ids, attention_mask=past if whole_mask else mask, cache=cache, sleep_passes=n)
             for r in range(batch):
                 logits[r].append(out.logits[r][mask[r].bool()])
             assert not out.logits[mask == 0].any()
@@ -99,16 +99,16 @@ def test_masks_with_holes_are_refused_and_change_nothing(mask):
     holes = any("01" in "".join(map(str, row)).strip("0") for row in mask)
     ids, mask = torch.stack((tokens(9, 1), tokens(9, 2))), torch.tensor(mask)
     with exact(), torch.no_grad():
-        cache = model(ids[:, :6], use_cache=True).past_key_values
+        cache = model(ids[:, :6], use_cache=True).cache
         before, rows, length = cache.tensors, list(cache.rows), cache.get_seq_length()
         if holes:
             with pytest.raises(ValueError, match="attention_mask"):
-                model(ids, attention_mask=mask, past_key_values=cache)
+                model(ids, attention_mask=mask, cache=cache)
             assert cache.tensors is before
             assert cache.rows == rows
             assert cache.get_seq_length() == length
         else:
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, cache=cache)
             assert cache.get_seq_length() == length + 9
         with pytest.raises(ValueError, match="attention_mask"):
             model(ids, attention_mask=torch.ones(2, 8, dtype=torch.long))

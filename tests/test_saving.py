@@ -113,7 +113,7 @@ def test_a_checkpoint_can_be_told_to_sleep_otherwise_but_not_to_have_other_block
     assert (sleep.window_size, sleep.sleep_passes, sleep.eviction, sleep.loop_layers) == (L - 2, 2, "sliding", (1, 3))
     assert (sleep.block_kind, sleep.block_layers) == ("gated_delta_net", (0, 2))
     assert_same_weights(other, model)
-    cache = other(IDS, use_cache=True).past_key_values
+    cache = other(IDS, use_cache=True).cache
     assert cache.rows[0].sleeps == (2 * L + 2) // (L - 2)
     AutoModelForSleepLM.from_pretrained(tmp_path, sleep=SleepConfig(block_layers=(0, 2), block_num_heads=2))
     for field, value in {"block_layers": (0, 3), "num_blocks": 1, "block_num_heads": 4, "block_expand_v": 1.0}.items():
@@ -289,7 +289,7 @@ def test_half_precision_keeps_the_gates_whole(family, dtype, only_sleep, bases, 
         out = loaded(IDS, use_cache=True)
         assert out.logits.dtype == dtype
         assert out.logits.isfinite().all()
-        cache = out.past_key_values
+        cache = out.cache
         for slot in cache.fast_slots:
             assert cache.tensors.layers[slot][0].dtype == torch.float32
             assert cache.tensors.layers[slot][1].dtype == dtype
@@ -338,9 +338,9 @@ def test_a_model_may_be_spread_over_devices(family, where, tmp_path):
     cache, expected = SleepCache(), SleepCache()
     with torch.no_grad():
         for part in IDS.split([4, 1, 2, 8], 1):
-            logits = spread(part, past_key_values=cache).logits
+            logits = spread(part, cache=cache).logits
             # Weights mapped from a file may lie unaligned, and then a matmul takes another kernel.
-            assert_close(logits, model(part, past_key_values=expected).logits, 1e-5)
+            assert_close(logits, model(part, cache=expected).logits, 1e-5)
         spread.sleep(cache)
     said = model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert torch.equal(spread.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0), said)

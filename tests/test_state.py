@@ -43,7 +43,7 @@ def test_a_ragged_batch_goes_on_bit_for_bit(family, eviction, loop, tmp_path):
     ids, mask = pad([tokens(2 * L + 3, 1), tokens(2, 2), tokens(L, 3), tokens(0)], "left")
     cache = SleepCache()
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
         state = put_away(model, cache, tmp_path)
         assert state.rows == cache.rows
         again = state.to_cache(model)
@@ -53,7 +53,7 @@ def test_a_ragged_batch_goes_on_bit_for_bit(family, eviction, loop, tmp_path):
         more, mask = pad([tokens(L + 2, 4), tokens(1, 5), tokens(2 * L, 6), tokens(3, 7)], "left")
         for size in (more.shape[1], 1, 1):
             part = {"input_ids": more[:, -size:], "attention_mask": mask[:, -size:]}
-            assert torch.equal(model(**part, past_key_values=again).logits, model(**part, past_key_values=cache).logits)
+            assert torch.equal(model(**part, cache=again).logits, model(**part, cache=cache).logits)
         assert again.rows == cache.rows
         assert same_tensors(again, cache)
         # The value is untouched by what was made of it.
@@ -68,22 +68,22 @@ def test_a_conversation_goes_on_token_for_token(family, eviction, tmp_path):
     ids, mask = pad([tokens(L + 3, 1), tokens(2, 2)], "left")
     settings = {"max_new_tokens": L + 2, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
     first = model.generate(ids, attention_mask=mask, **settings)
-    state = put_away(model, first.past_key_values, tmp_path)
+    state = put_away(model, first.cache, tmp_path)
     assert [row.fill > 0 for row in state.rows] == [True, True]
     answer = torch.stack((tokens(3, 3), tokens(3, 4)))
     ids = torch.cat((first.sequences, answer), 1)
     mask = torch.cat((mask, torch.ones(2, L + 5, dtype=torch.long)), 1)
-    expected = model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **settings)
+    expected = model.generate(ids, attention_mask=mask, cache=first.cache, **settings)
 
     other = SleepForCausalLM.from_pretrained(tmp_path)
     other.set_experts_implementation("eager")
     for parameter in other.parameters():
         # Mapped from the file they may lie unaligned, and then a matmul takes another kernel.
         parameter.data = parameter.data.clone()
-    out = other.generate(ids, attention_mask=mask, past_key_values=state.to_cache(other), **settings)
+    out = other.generate(ids, attention_mask=mask, cache=state.to_cache(other), **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(out.logits, expected.logits, strict=True))
-    assert out.past_key_values.rows == expected.past_key_values.rows
+    assert out.cache.rows == expected.cache.rows
     whole = model.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(whole.sequences, expected.sequences)
 
@@ -92,7 +92,7 @@ def test_a_conversation_goes_on_token_for_token(family, eviction, tmp_path):
 def test_after_a_sleep_only_what_the_eviction_keeps_is_held(family, eviction, tmp_path):
     model, cache = sleeper(family, eviction), SleepCache()
     with torch.no_grad():
-        model(tokens(2 * L + 3)[None], past_key_values=cache)
+        model(tokens(2 * L + 3)[None], cache=cache)
         middle = SleepState.from_cache(model, cache)
         model.sleep(cache)
     state, fast_slots = put_away(model, cache, tmp_path), cache.fast_slots
@@ -108,7 +108,7 @@ def test_after_a_sleep_only_what_the_eviction_keeps_is_held(family, eviction, tm
     with torch.no_grad():
         more = tokens(L + 2, 8)[None]
         again = state.to_cache(model)
-        assert torch.equal(model(more, past_key_values=again).logits, model(more, past_key_values=cache).logits)
+        assert torch.equal(model(more, cache=again).logits, model(more, cache=cache).logits)
 
 
 def test_the_size_does_not_grow_with_what_was_read(tmp_path):
@@ -116,7 +116,7 @@ def test_the_size_does_not_grow_with_what_was_read(tmp_path):
     for windows in (2, 20):
         cache = SleepCache()
         with torch.no_grad():
-            model(tokens(windows * L)[None], past_key_values=cache)
+            model(tokens(windows * L)[None], cache=cache)
             model.sleep(cache)
         put_away(model, cache, tmp_path)
         sizes.append(SleepState.from_cache(model, cache).num_bytes())
@@ -131,7 +131,7 @@ def kept(tmp_path):
     """A model, and the state of a conversation with it."""
     model = sleeper()
     with torch.no_grad():
-        cache = model(tokens(L + 2)[None], use_cache=True).past_key_values
+        cache = model(tokens(L + 2)[None], use_cache=True).cache
     return model, put_away(model, cache, tmp_path)
 
 
@@ -163,15 +163,15 @@ def test_the_number_of_passes_may_change(kept):
     other = sleeper(sleep_passes=4)
     more = tokens(L + 2, 8)[None]
     with torch.no_grad():
-        expected = model(more, past_key_values=state.to_cache(model), sleep_passes=4).logits
-        assert torch.equal(other(more, past_key_values=state.to_cache(other)).logits, expected)
+        expected = model(more, cache=state.to_cache(model), sleep_passes=4).logits
+        assert torch.equal(other(more, cache=state.to_cache(other)).logits, expected)
 
 
 def test_a_cache_that_is_empty_or_of_another_model_has_no_state():
     model = sleeper()
     with pytest.raises(ValueError, match="the cache is empty: there is nothing to keep"):
         SleepState.from_cache(model, SleepCache())
-    cache = model(tokens(L)[None], use_cache=True).past_key_values
+    cache = model(tokens(L)[None], use_cache=True).cache
     with pytest.raises(ValueError, match="written by another model: pass the model that filled it"):
         SleepState.from_cache(sleeper(), cache)
 
@@ -203,11 +203,11 @@ def test_a_state_is_a_value(kept):
     assert json.loads(json.dumps(copy.settings)) == state.settings
     more = tokens(L, 8)[None]
     with torch.no_grad():
-        expected = model(more, past_key_values=state.to_cache(model)).logits
-        assert torch.equal(model(more, past_key_values=copy.to_cache(model)).logits, expected)
+        expected = model(more, cache=state.to_cache(model)).logits
+        assert torch.equal(model(more, cache=copy.to_cache(model)).logits, expected)
         for t in copy.tensors.values():
             t.zero_()
-        assert not torch.equal(model(more, past_key_values=copy.to_cache(model)).logits, expected)
+        assert not torch.equal(model(more, cache=copy.to_cache(model)).logits, expected)
 
 
 # The fingerprint.

@@ -363,7 +363,7 @@ def test_the_state_and_the_gates_are_the_model_s(tmp_path):
     assert measured["mean_decay"] == pytest.approx(math.exp(-math.log1p(math.exp(0.5))), rel=1e-6)
     cache, rows = SleepCache(), torch.tensor(TASK.dataset(3)["input_ids"])
     with torch.no_grad():
-        model.eval()(rows, past_key_values=cache)
+        model.eval()(rows, cache=cache)
     states = torch.stack([cache.tensors.layers[slot][0] for slot in sorted(cache.fast_slots)])
     assert measured["fast_weight_norm"] == pytest.approx(states.norm(dim=(-2, -1)).mean().item(), rel=1e-4)
     spectrum = torch.linalg.svdvals(states)
@@ -423,7 +423,7 @@ def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, t
     for row in rows:
         ids, cache, states, loss = torch.tensor([row["input_ids"]]), SleepCache(), [], 0.0
         handle = model.train().register_pass_hook(lambda n, left: states.extend((n, state) for state in left))  # noqa: B023
-        logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
+        logits = [model(part, cache=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
         handle.remove()
         loss = torch.nn.functional.cross_entropy(torch.cat(logits, 1)[0, :-1], ids[0, 1:], reduction="sum") / scale
         found = torch.autograd.grad(loss, [state for _, state in states], allow_unused=True)

@@ -19,19 +19,18 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
-    GenerationMixin,
     PreTrainedModel,
     configuration_utils,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from ..config import is_whole
 from ..layers import Jet
 from ..layers.recurrence import State
@@ -74,7 +73,7 @@ class JetNemotronConfig(UpstreamConfig):
     """
 
     model_type = "jet_nemotron"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     default_theta = 1_000_000.0
 
     vocab_size: int = 151936
@@ -239,19 +238,20 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = JetNemotronRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = JetNemotronRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`[B, T, C]` to `[B, T, C]`; `attention_mask` is a Jet layer's `RealFirst`, or what attention takes."""
         x = self.input_layernorm(hidden_states)
         if isinstance(self.self_attn, Jet):
-            x = self.mix(x, attention_mask, past_key_values)
+            x = self.mix(x, attention_mask, cache)
         else:
-            x, _ = self.self_attn(x, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+            x, _ = self.self_attn(x, attention_mask=attention_mask, **{CACHE: cache}, **kwargs)
         x = hidden_states + x
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -284,7 +284,7 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["JetNemotronDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -313,6 +313,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -320,7 +321,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -332,7 +333,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             attention_mask: `[B, past + T]`, zero at pads, which may stand anywhere. They are never read, but between
                 two tokens they take up places in a sliding layer's window.
             position_ids: `[B, T]`; by default real tokens are counted from 0.
-            past_key_values: `DynamicCache(config=model.config)`, or what an earlier call returned.
+            cache: `DynamicCache(config=model.config)`, or what an earlier call returned.
             use_cache: whether to make a cache where none is given.
 
         Raises:
@@ -343,18 +344,18 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = x.shape[1]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and len(past_key_values.layers) != len(self.layers):
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(
-                f"past_key_values has {len(past_key_values.layers)} layers, the model {len(self.layers)}: make it with "
+                f"cache has {len(cache.layers)} layers, the model {len(self.layers)}: make it with "
                 "DynamicCache(config=model.config)"
             )
         if position_ids is None:
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens:]
             else:
-                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                past = 0 if cache is None else cache.get_seq_length()
                 position_ids = (torch.arange(tokens, device=x.device) + past).unsqueeze(0)
         elif are_packed(position_ids, attention_mask):
             raise ValueError(
@@ -367,7 +368,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": x,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE: cache,
                 "position_ids": position_ids,
             }
             masks = {"linear_attention": RealFirst.of(attention_mask, tokens)}
@@ -385,11 +386,11 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
                 attention_mask=masks[kind],
                 position_embeddings=rope,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
@@ -403,13 +404,14 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -426,7 +428,7 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -439,7 +441,7 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from .upstream import UpstreamConfig
 
 
@@ -41,7 +41,13 @@ class OuroConfig(UpstreamConfig):
     """
 
     model_type = "ouro"
-    keys_to_ignore_at_inference = ["past_key_values", "hidden_states_per_step", "exit_probabilities", "gate_logits"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "hidden_states_per_step",
+        "exit_probabilities",
+        "gate_logits",
+    ]
     default_theta = 1_000_000.0
     # Read by the Llama modules: no projection of Ouro has a bias.
     attention_bias: ClassVar[bool] = False
@@ -114,7 +120,7 @@ class OuroModelOutput(BaseModelOutputWithPast):
 
     Args:
         last_hidden_state: `[B, S, C]`, what the head reads: what the exit setting selects of the loops' outputs.
-        past_key_values: the cache, in which layer i of loop t has slot `t * num_hidden_layers + i`.
+        cache: the cache, in which layer i of loop t has slot `t * num_hidden_layers + i`.
         hidden_states: with `output_hidden_states=True`, R·L + 1 tensors `[B, S, C]`: the embeddings, then the output
             of layer i in loop t at `1 + t * num_hidden_layers + i`, before the norm that closes the loop.
         attentions: with `output_attentions=True` and eager attention, R·L maps `[B, H, S, keys]` in the same order.
@@ -173,8 +179,10 @@ class _LoopSlots:
         self.cache = cache
         self.first = first
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cache.update(keys, values, self.first + layer_idx)
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.update(keys, values, self.first + layer_idx, **kwargs)
 
 
 class OuroDecoderLayer(GradientCheckpointingLayer):
@@ -189,20 +197,21 @@ class OuroDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm_2 = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`[B, S, C]` to `[B, S, C]`; `past_key_values.update(keys, values, layer_idx)` is called once."""
+        """`[B, S, C]` to `[B, S, C]`; `cache.update(keys, values, layer_idx)` is called once."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = hidden_states + self.input_layernorm_2(attended)
@@ -217,7 +226,7 @@ class OuroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OuroDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -245,6 +254,7 @@ class OuroModel(OuroPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -252,7 +262,7 @@ class OuroModel(OuroPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         exit_at_step: int | None = None,
@@ -266,7 +276,7 @@ class OuroModel(OuroPreTrainedModel):
             input_ids: token ids `[B, S]`; or `inputs_embeds` `[B, S, C]`.
             attention_mask: `[B, past + S]`, 0 at pads; or what `generate` makes of it for a static cache.
             position_ids: `[B, S]`; `None`: counted on from the cache.
-            past_key_values: a cache. One made for `num_hidden_layers` layers gets the slots of the further loops here.
+            cache: a cache. One made for `num_hidden_layers` layers gets the slots of the further loops here.
             exit_at_step: k from 0 to T − 1. Only loops 0 to k run and fill the cache, and loop k answers.
             exit_threshold: q from 0 to 1, per token: the first loop at which the cumulated exit distribution is at
                 least q answers; at 1 always the last, even where rounding lets the sum reach 1 earlier. It selects
@@ -297,33 +307,33 @@ class OuroModel(OuroPreTrainedModel):
         _check_threshold("exit_threshold", exit_threshold)
         loops = steps if exit_at_step is None else exit_at_step + 1
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            self._open_slots(past_key_values, loops)
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is not None:
+            self._open_slots(cache, loops)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]
         else:
-            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         rope = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
         per_step, gate_outputs = [], []
         for step in range(loops):
-            slots = None if past_key_values is None else _LoopSlots(past_key_values, step * len(self.layers))
+            slots = None if cache is None else _LoopSlots(cache, step * len(self.layers))
             for layer in self.layers:
                 hidden_states = layer(
                     hidden_states,
                     attention_mask=mask,
                     position_embeddings=rope,
-                    past_key_values=slots,
                     position_ids=position_ids,
                     use_cache=use_cache,
+                    **{CACHE: slots},
                     **kwargs,
                 )
             hidden_states = self.norm(hidden_states)
@@ -340,7 +350,7 @@ class OuroModel(OuroPreTrainedModel):
             hidden_states = torch.stack(per_step, dim=-2).take_along_dim(first[..., None, None], dim=-2).squeeze(-2)
         return OuroModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states_per_step=tuple(per_step),
             exit_probabilities=probabilities,
             gate_logits=gate_logits,
@@ -380,13 +390,14 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -417,7 +428,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             exit_at_step=exit_at_step,

@@ -364,7 +364,7 @@ class SleepMonitor(TrainerCallback):
             if number:
                 model.sleep(cache)
             slept = _now(ids.device)
-            output = model(input_ids=ids[:, window], attention_mask=real[:, window], past_key_values=cache)
+            output = model(input_ids=ids[:, window], attention_mask=real[:, window], cache=cache)
             asleep, awake = asleep + slept - began, awake + _now(ids.device) - slept
             if bool((targets[:, window] != IGNORED).any()):
                 logits = output.logits.float().flatten(0, 1)
