@@ -60,9 +60,13 @@ else:
     class BaseModelOutputWithPast(_BothNames, modeling_outputs.BaseModelOutputWithPast):  # type: ignore[no-redef]
         pass
 
-    @functools.cache
-    def _with_both_names(kind: Any) -> type:
-        return type(kind.__name__, (_BothNames, kind), {"__module__": kind.__module__})
+    _WITH_BOTH_NAMES: dict[type, type] = {}
+
+    def _with_both_names(kind: type) -> type:
+        if kind not in _WITH_BOTH_NAMES:
+            members = {"__module__": kind.__module__}
+            _WITH_BOTH_NAMES[kind] = type(kind.__name__, (_BothNames, kind), members)
+        return _WITH_BOTH_NAMES[kind]
 
     class GenerationMixin(transformers.GenerationMixin):  # type: ignore[no-redef]
         """`generate` that takes and returns the cache as `cache` too."""
