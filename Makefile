@@ -5,7 +5,7 @@ ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean env-test env-demo
+.PHONY: help demo test test-versions lint bench lock clean env-test env-demo
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ bench: env-demo ## run the benchmarks; options with ARGS="..."
 clean: ## remove caches and build outputs (the environment, .venv, stays)
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+lock: ## write requirements/lock.txt again with the newest releases; options of `uv pip compile` with ARGS="..."
+	@scripts/lock.sh $(ARGS)
 
 env-test:
 	@scripts/setup_venv.sh test

