@@ -1,37 +1,36 @@
-"""The `hf-sleep` command."""
+"""The `hf-sleep` command. Torch and transformers are imported where they are used: help needs neither."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig
-from transformers.utils import logging
 
-from .config import BLOCK_KINDS, EVICTION_STYLES, SleepConfig
-from .info import SleepInfo, describe
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .info import SleepInfo
+
+# Choices and defaults are those of SleepConfig, for which the help does not wait; a test holds them together.
 SETTINGS = {
-    "window_size": "L, tokens read between two sleeps.",
-    "sleep_passes": "N, passes over a full window, the ordinary read among them.",
-    "eviction": f"What a sleep drops of the KV cache: {' or '.join(EVICTION_STYLES)}.",
-    "num_sink_tokens": "First tokens of a sequence, whose KV is never dropped.",
+    "window_size": "L, tokens read between two sleeps. [default: 512]",
+    "sleep_passes": "N, passes over a full window, the ordinary read among them. [default: 2]",
+    "eviction": "What a sleep drops of the KV cache: hard or sliding. [default: hard]",
+    "num_sink_tokens": "First tokens of a sequence, whose KV is never dropped. [default: 0]",
     "loop_layers": "Layers that all passes run; 7:21 is 7 to 20. Without it every layer, or the range that the base's "
     "config names.",
     "num_blocks": "Blocks of fast weights to inject, evenly spaced. Without it one per four layers; none where the "
     "base has linear-attention layers.",
     "block_layers": "Instead, the layers after which to inject them: 3,9,15.",
-    "block_kind": f"Kind of the blocks: {' or '.join(BLOCK_KINDS)}.",
+    "block_kind": "Kind of the blocks: jet or gated_delta_net. [default: jet]",
     "block_num_heads": "Heads of a block. Without it as many as fit a third of the hidden size.",
     "block_head_dim": "Key width of a head. Without it the base's own.",
-    "block_expand_v": "Value width of a head over its key width.",
+    "block_expand_v": "Value width of a head over its key width. [default: 2.0]",
 }
 
 app = typer.Typer(
@@ -44,10 +43,8 @@ app = typer.Typer(
 
 
 def _setting(field: str, **kwargs: Any) -> Any:
-    """An option that sets a field of `SleepConfig`; its help ends with that field's own default."""
-    default = getattr(SleepConfig(), field)
-    text = SETTINGS[field] + ("" if default is None else f" [default: {default}]")
-    return typer.Option(f"--{field.replace('_', '-')}", help=text, show_default=False, **kwargs)
+    """An option that sets a field of `SleepConfig`."""
+    return typer.Option(f"--{field.replace('_', '-')}", help=SETTINGS[field], show_default=False, **kwargs)
 
 
 def _integers(separator: str) -> Callable[[str | None], tuple[int, ...] | None]:
@@ -60,7 +57,11 @@ def _integers(separator: str) -> Callable[[str | None], tuple[int, ...] | None]:
     return read
 
 
-def _read_dtype(name: str) -> torch.dtype:
+def _read_dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise typer.BadParameter(f"{name!r} is not a floating dtype of torch of 16 bits or more, such as bfloat16")
@@ -100,8 +101,10 @@ def info(
     block_head_dim: Annotated[int | None, _setting("block_head_dim")] = None,
     block_expand_v: Annotated[float | None, _setting("block_expand_v")] = None,
     dtype: Annotated[
-        torch.dtype | None,
-        typer.Option(parser=_read_dtype, metavar="<str>", help="Of activations. Without it the model's, or bfloat16."),
+        str | None,
+        typer.Option(
+            callback=_read_dtype, metavar="<str>", help="Of activations. Without it the model's, or bfloat16."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and FLOPs.")] = False,
@@ -111,13 +114,19 @@ def info(
     Reads its config.json alone, so a model of any size takes seconds. A setting that is left out is the library's
     default, or what a sleep checkpoint was saved with; of a sleep checkpoint the blocks cannot be changed.
     """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    from . import models  # noqa: F401 - registers them with AutoConfig, as hf_sleep/__init__.py does elsewhere
+    from .info import describe
+
     asked = {field: context.params[field] for field in SETTINGS if context.params[field] is not None}
     logging.set_verbosity_error()
     try:
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists():
             raise ValueError(f"there is no folder {model}")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-        found = describe(config, asked, dtype)
+        found = describe(config, asked, context.params["dtype"])
     except (ValueError, OSError) as error:
         typer.echo("Error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(1) from None
@@ -129,7 +138,7 @@ def info(
         console.print(part)
 
 
-def _view(found: SleepInfo, width: int) -> Iterator[RenderableType]:
+def _view(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
     """What `hf-sleep info` shows, part by part, in lines of `width` characters."""
     base = f"{found.model_type}, {sum(found.layer_kinds.values())} layers of width {found.hidden_size:,}"
     yield Text(found.name or found.model_type, "bold")
@@ -167,7 +176,7 @@ def _number(count: int | None, thing: str, things: str = "") -> str:
     return f"{count} {thing if count == 1 else things or thing + 's'}"
 
 
-def _strip(found: SleepInfo, width: int) -> Iterator[RenderableType]:
+def _strip(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
     """All layers in running order, a letter each, in groups of ten, with `=` under what loops; and the legend."""
     sleep, groups = found.sleep, []
     for i, slot in enumerate(found.slots):

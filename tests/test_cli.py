@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from families import make_base, sleep_config
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from hf_sleep import SleepConfig, SleepLMConfig, __version__
+import hf_sleep_command
+from hf_sleep import SleepConfig, SleepForCausalLM, SleepLMConfig, __version__
 from hf_sleep.cli import SETTINGS, app
+from hf_sleep.config import BLOCK_KINDS, EVICTION_STYLES
 from hf_sleep.info import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,10 +195,13 @@ def test_the_help_shows_the_defaults_of_the_library(monkeypatch: pytest.MonkeyPa
     result = run("info", "--help", width=200)
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    for field in SETTINGS:
+    for field, meaning in SETTINGS.items():
         assert f"--{field.replace('_', '-')} " in text
-        if (default := getattr(SleepConfig(), field)) is not None:
-            assert f"{SETTINGS[field]} [default: {default}]" in text
+        assert meaning in text
+        default = getattr(SleepConfig(), field)
+        assert re.findall(r"\[default: (.*)\]$", meaning) == ([] if default is None else [str(default)])
+    assert f": {' or '.join(EVICTION_STYLES)}." in SETTINGS["eviction"]
+    assert f": {' or '.join(BLOCK_KINDS)}." in SETTINGS["block_kind"]
 
 
 def test_the_version() -> None:
@@ -210,7 +215,51 @@ def test_without_a_command_it_shows_its_help() -> None:
 
 def test_the_installed_command_is_this_one() -> None:
     module, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["hf-sleep"].split(":")
-    assert getattr(importlib.import_module(module), name) is app
+    assert getattr(importlib.import_module(module), name) is hf_sleep_command.main
+
+
+def run_in_a_new_process(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info", "--help"]], ids=" ".join)
+def test_help_imports_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = """
+import atexit, sys
+from hf_sleep_command import main
+atexit.register(lambda: print(sorted({"torch", "transformers"} & set(sys.modules))))
+main()
+"""
+    shown = run_in_a_new_process(code, *arguments)
+    assert shown.endswith("\n[]\n")
+    assert len(shown) > len("[]\n")
+
+
+def test_the_command_alone_knows_our_model_types(checkpoint: str) -> None:
+    code = "from hf_sleep_command import main; main()"
+    for model in (checkpoint, "tests/goldens/ouro", "tests/goldens/jet_nemotron"):
+        assert json.loads(run_in_a_new_process(code, "info", model, "--json")) == read(str(model))
+
+
+@pytest.mark.parametrize("first", ["hf_sleep", "transformers"])
+def test_to_import_hf_sleep_is_enough_for_the_auto_classes(tmp_path: Path, first: str) -> None:
+    SleepForCausalLM.from_base(make_base("llama"), sleep_config("llama")).save_pretrained(tmp_path / "sleep_lm")
+    for name in ("ouro", "jet_nemotron"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "tests/goldens" / name)).save_pretrained(
+            tmp_path / name
+        )
+    second = {"hf_sleep": "transformers", "transformers": "hf_sleep"}[first]
+    code = f"""
+import sys, {first}, {second}
+transformers.utils.logging.disable_progress_bar()
+for name in ("sleep_lm", "ouro", "jet_nemotron"):
+    print(type(transformers.AutoModelForCausalLM.from_pretrained(f"{{sys.argv[1]}}/{{name}}")).__name__)
+"""
+    shown = run_in_a_new_process(code, str(tmp_path))
+    assert shown.split() == ["SleepForCausalLM", "OuroForCausalLM", "JetNemotronForCausalLM"]
 
 
 def test_hf_sleep_loads_no_terminal_library_until_it_is_run_as_a_command() -> None:
