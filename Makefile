@@ -8,7 +8,7 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: help demo test test-versions lint bench lock clean env-test env-demo
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: env-demo ## watch a pretrained model sleep, then small ones learn to; options of the first with ARGS="..."
 	@.venv/bin/python examples/demo.py $(ARGS)
@@ -16,6 +16,9 @@ demo: env-demo ## watch a pretrained model sleep, then small ones learn to; opti
 
 test: lint ## lint, then run all tests; pytest options with ARGS="..."
 	$(TEST_ENV) .venv/bin/python -m pytest -n 2 $(ARGS)
+
+test-versions: env-test ## test on the oldest and the newest transformers; one of them, laws alone: ARGS="oldest --laws"
+	@.venv/bin/python scripts/test_versions.py $(ARGS)
 
 lint: env-test ## ruff, mypy and the import-direction check
 	.venv/bin/python -m ruff check
@@ -26,8 +29,8 @@ lint: env-test ## ruff, mypy and the import-direction check
 bench: env-demo ## run the benchmarks; options with ARGS="..."
 	@.venv/bin/python benchmarks/run.py $(ARGS)
 
-clean: ## remove caches and build outputs (the environment, .venv, stays)
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+clean: ## remove caches, build outputs and laid-over releases (the environment, .venv, stays)
+	rm -rf build dist *.egg-info .versions .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 lock: ## write requirements/lock.txt again with the newest releases; options of `uv pip compile` with ARGS="..."
