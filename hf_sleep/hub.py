@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from .config import SleepLMConfig
+from .files import write_file
 from .version import __version__
 
 TAGS = ("hf_sleep", "sleep", "fast-weights", "long-context")
@@ -299,14 +300,14 @@ def write_model_card(model: Any, folder: str | os.PathLike, name: str | None = N
     if path.exists() and not is_our_card(path.read_text(encoding="utf-8", errors="replace")):
         return False
     text = str(model_card(model, name or path.resolve().parent.name, **kwargs)).rstrip() + "\n\n"
-    path.write_text(text + MARK.format(digest=_digest(text)) + "\n", encoding="utf-8")
+    write_file(path, text + MARK.format(digest=_digest(text)) + "\n")
     return True
 
 
 def write_remote_code(folder: str | os.PathLike) -> None:
     """Write the file that `AUTO_MAP` points to; makes the folder where it is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
+    write_file(Path(folder, REMOTE_CODE_FILE), REMOTE_CODE)
 
 
 def forget_folders(folder: str | os.PathLike) -> None:
@@ -319,7 +320,7 @@ def forget_folders(folder: str | os.PathLike) -> None:
         config["base_model_name_or_path"] = None
     if hub_id(config["text_config"].get("_name_or_path")) is None:
         config["text_config"].pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(config, indent=2) + "\n")
 
 
 class Repository:
