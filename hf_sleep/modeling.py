@@ -1,5 +1,6 @@
 """SleepForCausalLM: a pretrained decoder LM that sleeps."""
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -132,6 +133,10 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     def from_base(cls, base: PreTrainedModel, sleep: SleepConfig | None = None) -> "SleepForCausalLM":
         """Retrofit a loaded base model: wrap it and give it fresh fast-weight blocks that add nothing yet.
 
+        The blocks follow from the base's weights alone: whoever loads the same base as it was loaded here gets the
+        same model. For others, as seeds of an experiment, draw them from torch's generator with
+        `block.init_weights(std)` for every block of `model.fast_weights.values()`.
+
         Args:
             base: a causal LM of a known family, on any device, quantised or not. It is wrapped, not copied.
             sleep: how to sleep; defaults to `SleepConfig()`.
@@ -152,14 +157,21 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         config._attn_implementation, config._experts_implementation = attention, experts
         with torch.device("meta"):
             model = cls(config, lm=base)
+        std = getattr(base.config, "initializer_range", 0.02)
+        high = torch.promote_types(base.dtype, torch.float32)
         block: Any
         for layer, block in model.fast_weights.items():
-            block.to_empty(device=compute_device(decoder.layers[int(layer)]))
-            block.to(base.dtype)
-            for gate in (block.mixer.A_log, block.mixer.dt_bias):
-                gate.data = gate.data.to(torch.promote_types(base.dtype, torch.float32))
-            with torch.no_grad():
-                block.init_weights(getattr(base.config, "initializer_range", 0.02))
+            # The same base gets the same blocks, in every process and on any device, or no memory of a fresh retrofit
+            # could be kept. In float64, since how float32 is drawn depends on the processor.
+            seed = hashlib.sha256(f"{config.base_fingerprint}/{layer}".encode()).digest()
+            block.to_empty(device="cpu").double()
+            block.init_weights(std, torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8])))
+            device = compute_device(decoder.layers[int(layer)])
+            for name, parameter in block.named_parameters():
+                is_gate = name.rpartition(".")[2] in ("A_log", "dt_bias")
+                parameter.data = parameter.data.float().to(device, high if is_gate else base.dtype)
+            for module in block.modules():
+                module._is_hf_initialized = True
         for module in base.modules():
             # The base's own checkpointing drops its cache in training: the wrapper's takes over.
             if getattr(module, "gradient_checkpointing", False):

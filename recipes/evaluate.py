@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_sleep import AutoModelForSleepLM, SleepLMConfig
 from hf_sleep.data import Depo, GSMInfinite, KHop, Rule110
 from hf_sleep.data.task import IGNORED, Row, Task
+from hf_sleep.files import write_file
 from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
 
 TASKS = {"gsm_infinite": GSMInfinite, "rule110": Rule110, "depo": Depo, "khop": KHop}
@@ -181,7 +182,7 @@ def main(arguments: list[str] | None = None) -> list[Score]:
             lines[f"L = {size}, last window alone"] = by_difficulty(mine, "last_window")
             trainer.remove_callback(generation)
     if run.writes:
-        (run.path / "results.json").write_text(json.dumps(scores, indent=1) + "\n")
+        write_file(run.path / "results.json", json.dumps(scores, indent=1) + "\n")
         print(f"\n{table(lines, 'difficulty')}\n\n{plot(run, lines, 'difficulty')}")
     return scores
 

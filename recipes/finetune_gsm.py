@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig
 from hf_sleep.data import GSMInfinite
+from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
 from hf_sleep.training import (
     GenerationEvaluation,
@@ -145,6 +146,9 @@ class Generation(GenerationEvaluation):
 def load(options: argparse.Namespace) -> SleepForCausalLM:
     sleep = {name: getattr(options, name) for name in SLEEP_FIELDS if getattr(options, name) is not None}
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
+    if not isinstance(AutoConfig.from_pretrained(options.model), SleepLMConfig):
+        for block in model.fast_weights.values():
+            block.init_weights(model.lm.config.initializer_range)  # from the seed: a retrofit's follow from its base
     if not options.whole_model:
         freeze_all_but_fast_weights(model)
     return model
@@ -238,7 +242,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     )
     trainer.save_model()  # and, with --push-to-hub, pushes
     if run.writes:
-        (run.path / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_file(run.path / "results.json", json.dumps(results, indent=1) + "\n")
         lines = {}
         for when, scores in results.items():
             for n in passes:

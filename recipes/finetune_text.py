@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
     """The text cut into samples of `length` tokens; the last twentieth is for evaluation."""
-    text = path.read_text() if path else "\n\n".join(pydoc_data.topics.topics.values())
+    text = path.read_text(encoding="utf-8") if path else "\n\n".join(pydoc_data.topics.topics.values())
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     rows = ids[: len(ids) // length * length].view(-1, length)
     if len(rows) < 20:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from hf_sleep import SleepConfig, SleepForCausalLM
 from hf_sleep.data.task import Task
+from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
 from hf_sleep.training import SleepTrainer, SleepTrainingArguments
 
@@ -70,6 +71,8 @@ def hybrid(
         block_expand_v=1.0,
     )
     model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep)
+    for block in model.fast_weights.values():
+        block.init_weights(config.initializer_range)  # from the seed: a retrofit's follow from its base
     initialise(model, decay)
     return model
 
@@ -283,7 +286,9 @@ def finished(file: Path) -> list[dict]:
     """What an earlier run wrote to results.json, with N and difficulties as the numbers that JSON's keys are not."""
     if not file.exists():
         return []
-    return json.loads(file.read_text(), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
+    return json.loads(
+        file.read_text(encoding="utf-8"), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
+    )
 
 
 def compare(options: argparse.Namespace, task: Task, difficulty: str) -> list[dict]:
@@ -301,7 +306,7 @@ def compare(options: argparse.Namespace, task: Task, difficulty: str) -> list[di
             break
         results.append(result)
         if run.writes:
-            file.write_text(json.dumps(results, indent=1) + "\n")
+            write_file(file, json.dumps(results, indent=1) + "\n")
             for checkpoint in (run.path / f"N{passes}-seed{seed}").glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
     if not results or not run.writes:

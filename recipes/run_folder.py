@@ -1,5 +1,6 @@
 """What every recipe leaves behind, a folder with config.json, metrics.jsonl and accuracy.png; and how a run goes on."""
 
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerState
 
 import hf_sleep
+from hf_sleep.files import write_file
 
 plt.switch_backend("agg")
 
@@ -48,7 +50,7 @@ class RunFolder(TrainerCallback):
             if not resume:
                 hint = "" if resume is None else ", or go on with --resume"
                 raise SystemExit(f"{path} holds a run already: choose another --output{hint}")
-            before = json.loads(config.read_text())["settings"]
+            before = json.loads(config.read_text(encoding="utf-8"))["settings"]
             compared = [key for key in settings if key not in NOT_COMPARED]
             if changed := {
                 key: (before.get(key), settings[key]) for key in compared if before.get(key) != settings[key]
@@ -57,18 +59,19 @@ class RunFolder(TrainerCallback):
         versions = {m.__name__: m.__version__ for m in (torch, transformers, hf_sleep)}
         versions["python"] = platform.python_version()
         written = {"settings": settings, "versions": versions, "threads": torch.get_num_threads()}
-        config.write_text(json.dumps(written, indent=1) + "\n")
+        write_file(config, json.dumps(written, indent=1) + "\n")
 
     def record(self, **row: Any) -> None:
         """Append a line to metrics.jsonl."""
         if not self.writes:
             return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        # Whole, as all that a run leaves: a line that was cut short would end every later reader.
+        before = self.metrics.read_bytes() if self.metrics.exists() else b""
+        write_file(self.metrics, before + json.dumps(row).encode() + b"\n")
 
     def seconds(self, model: str) -> float:
         """How long a model was trained, over all runs."""
-        rows = map(json.loads, self.metrics.read_text().splitlines()) if self.metrics.exists() else ()
+        rows = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines()) if self.metrics.exists() else ()
         return sum(row.get("seconds", 0.0) for row in rows if row["model"] == model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -93,9 +96,10 @@ class RunFolder(TrainerCallback):
         axes.plot(x, [chance[d] for d in x], "k:", label="chance")
         axes.set(xlabel=difficulty, ylabel="exact-match accuracy", ylim=(-0.02, 1.02), xticks=x)
         axes.legend(fontsize=8)
-        file = self.path / "accuracy.png"
-        figure.savefig(file, dpi=150)
+        file, image = self.path / "accuracy.png", io.BytesIO()
+        figure.savefig(image, format="png", dpi=150)
         plt.close(figure)
+        write_file(file, image.getvalue())
         return file
 
 

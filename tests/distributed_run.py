@@ -220,7 +220,7 @@ def main():
     if kind == "fsdp":
         results["refusals"] = refusals(folder)
         recipe(folder / "recipe")
-    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    (folder / f"rank{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -158,7 +158,7 @@ def test_what_is_no_base_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, extra in [("unknown", {}), ("remote", {"auto_map": {"AutoConfig": "configuration.PerceptronConfig"}})]:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "perceptron"} | extra))
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "perceptron"} | extra), encoding="utf-8")
     for model, message in [
         (tmp_path / "gpt2", "no decoder adapter for model_type='gpt2'"),
         (tmp_path / "empty", "Should have a `model_type` key in its config.json"),
@@ -214,7 +214,8 @@ def test_without_a_command_it_shows_its_help() -> None:
 
 
 def test_the_installed_command_is_this_one() -> None:
-    module, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["hf-sleep"].split(":")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, name = project["scripts"]["hf-sleep"].split(":")
     assert getattr(importlib.import_module(module), name) is hf_sleep_command.main
 
 

@@ -188,9 +188,9 @@ def test_fields_of_a_newer_version_are_named_and_ignored(tmp_path):
 
     SleepLMConfig(text_config=make_base("llama").config, sleep=FULL).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    written = json.loads(file.read_text())
+    written = json.loads(file.read_text(encoding="utf-8"))
     written["sleep"]["dream_depth"] = 3
-    file.write_text(json.dumps(written))
+    file.write_text(json.dumps(written), encoding="utf-8")
     with pytest.warns(UserWarning, match="dream_depth"):
         assert AutoConfig.from_pretrained(tmp_path).sleep.window_size == FULL.window_size
 
@@ -198,7 +198,7 @@ def test_fields_of_a_newer_version_are_named_and_ignored(tmp_path):
 def test_an_impossible_value_in_a_file_is_refused_as_in_code(tmp_path):
     SleepLMConfig(text_config=make_base("llama").config, sleep=FULL).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"window_size": 64', '"window_size": 1'))
+    file.write_text(file.read_text(encoding="utf-8").replace('"window_size": 64', '"window_size": 1'), encoding="utf-8")
     with pytest.raises(ValueError, match=r"SleepConfig\.window_size=1 cannot work"):
         AutoConfig.from_pretrained(tmp_path)
 

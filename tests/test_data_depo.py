@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hf_sleep.data import Depo
 
 GOLDENS = [
-    json.loads(line) for line in (Path(__file__).parent / "goldens" / "tasks" / "depo.jsonl").read_text().splitlines()
+    json.loads(line)
+    for line in (Path(__file__).parent / "goldens" / "tasks" / "depo.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 COMMON = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 

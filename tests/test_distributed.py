@@ -36,7 +36,7 @@ def launch(command, folder):
     """Run processes that must not hang; what they wrote."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     output = folder / "output.txt"
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
         )
@@ -47,9 +47,9 @@ def launch(command, folder):
             process.wait()
             code = "hung"
     if code != 0:
-        pytest.fail(f"{command}: {code}\n{output.read_text()[-6000:]}")
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return SimpleNamespace(folder=folder, ranks=ranks, output=output.read_text())
+        pytest.fail(f"{command}: {code}\n{output.read_text(encoding='utf-8')[-6000:]}")
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return SimpleNamespace(folder=folder, ranks=ranks, output=output.read_text(encoding="utf-8"))
 
 
 def free_port():
@@ -156,7 +156,7 @@ def test_what_fsdp_saves_is_what_it_trained(fsdp):
 
 def test_a_recipe_trains_evaluates_and_saves_sharded(fsdp):
     folder = fsdp.folder / "recipe"
-    (result,) = json.loads((folder / "results.json").read_text())
+    (result,) = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert result["accuracy"].keys() == {"2"}
     assert fsdp.output.count("| chance |") == 1
     model = SleepForCausalLM.from_pretrained(folder / "N2-seed0")

@@ -50,4 +50,4 @@ def test_what_ships_is_small_and_says_what_it_is():
     files = [file for file in (EXAMPLES / "khop").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 4_000_000
     assert {file.parent.name for file in files if file.name == "model.safetensors"} == {"N1", "N2", "N3"}
-    assert "recipes/train_khop.py --seeds 0 1 2" in (EXAMPLES / "khop" / "README.md").read_text()
+    assert "recipes/train_khop.py --seeds 0 1 2" in (EXAMPLES / "khop" / "README.md").read_text(encoding="utf-8")

@@ -282,7 +282,7 @@ def on_hub(hub, tmp_path):
     folder = tmp_path / "base"
     make_base("llama").save_pretrained(folder)
     save_tokenizer(folder)
-    (folder / "README.md").write_text("---\nlicense: llama3.2\n---\n# Tiny")
+    (folder / "README.md").write_text("---\nlicense: llama3.2\n---\n# Tiny", encoding="utf-8")
     hub.put("org/tiny", folder)
     model = AutoModelForSleepLM.from_pretrained("org/tiny", sleep=sleep_config("llama", window_size=L))
     randomize(model.fast_weights, 1)
@@ -383,7 +383,10 @@ def test_saving_can_push(hub, on_hub, tmp_path):
     assert hub.messages[-1] == "Both"
     for source in (tmp_path / "asleep", "me/asleep"):
         assert_same_weights(SleepForCausalLM.from_pretrained(source), on_hub)
-    local, pushed = (tmp_path / "asleep" / "README.md").read_text(), hub.files("me/asleep")["README.md"].decode()
+    local, pushed = (
+        (tmp_path / "asleep" / "README.md").read_text(encoding="utf-8"),
+        hub.files("me/asleep")["README.md"].decode(),
+    )
     assert '"asleep"' in snippet(local)
     assert '"me/asleep"' in snippet(pushed)
     on_hub.save_pretrained(tmp_path / "there", push_to_hub=True, repo_id="org/other")
@@ -533,7 +536,7 @@ def test_the_snippet_in_a_card_runs(pushed, hub, on_hub, tmp_path, monkeypatch, 
     else:
         on_hub.save_pretrained(tmp_path / "asleep")
         monkeypatch.chdir(tmp_path)
-        card = (tmp_path / "asleep" / "README.md").read_text()
+        card = (tmp_path / "asleep" / "README.md").read_text(encoding="utf-8")
     exec(snippet(card), {})
     assert len(capsys.readouterr().out.split()) == 5 + 32
 
@@ -543,7 +546,7 @@ def test_a_model_that_reads_no_text_has_a_snippet_of_its_own(tmp_path, monkeypat
     model.card = CardFacts(usage="import torch\n\nprint(model(torch.tensor([[1, 2, 3]])).logits.shape[1])\n")
     model.save_pretrained(tmp_path / "asleep")
     monkeypatch.chdir(tmp_path)
-    card = (tmp_path / "asleep" / "README.md").read_text()
+    card = (tmp_path / "asleep" / "README.md").read_text(encoding="utf-8")
     assert "tokenizer" not in card
     exec(snippet(card), {})
     assert capsys.readouterr().out == "3\n"
@@ -555,14 +558,14 @@ def test_a_card_is_replaced_until_a_person_touches_it(tmp_path):
     model.save_pretrained(tmp_path)
     model.card = CardFacts("Strings of zeros and ones.")
     model.save_pretrained(tmp_path)
-    assert "Strings of zeros and ones." in readme.read_text()
-    assert is_our_card(readme.read_text().replace("\n", "\r\n"))
-    changed = readme.read_text().replace("Limits", "What it cannot do")
-    unmarked = re.sub(r"<!-- hf_sleep.*-->", "", readme.read_text())
-    for theirs in (changed, unmarked, readme.read_text() + "One line more.\n", "# Mine\n", ""):
-        readme.write_text(theirs)
+    assert "Strings of zeros and ones." in readme.read_text(encoding="utf-8")
+    assert is_our_card(readme.read_text(encoding="utf-8").replace("\n", "\r\n"))
+    changed = readme.read_text(encoding="utf-8").replace("Limits", "What it cannot do")
+    unmarked = re.sub(r"<!-- hf_sleep.*-->", "", readme.read_text(encoding="utf-8"))
+    for theirs in (changed, unmarked, readme.read_text(encoding="utf-8") + "One line more.\n", "# Mine\n", ""):
+        readme.write_text(theirs, encoding="utf-8")
         model.save_pretrained(tmp_path)
-        assert readme.read_text() == theirs
+        assert readme.read_text(encoding="utf-8") == theirs
     readme.write_bytes(b"\xff\xfe# Mine")
     assert not write_model_card(model, tmp_path)
     readme.unlink()
@@ -609,7 +612,7 @@ NVIDIA = {"license": "other", "license_name": "nvidia-jet-nemotron-models"}
 )
 def test_the_licence_is_the_one_in_the_bases_folder(card, expected, tmp_path):
     if card is not None:
-        (tmp_path / "README.md").write_text(card)
+        (tmp_path / "README.md").write_text(card, encoding="utf-8")
     whole = {"license": "other", "license_name": "mine", "license_link": "https://a.b/c"}
     if expected is None or "license_link" in expected:
         expected = {key: value for key, value in (whole | (expected or {})).items() if value}
@@ -701,7 +704,7 @@ report["error"] = error
 report["class"] = f"{type(model).__module__}.{type(model).__name__}"
 torch.save(model(torch.tensor(json.loads(ids))).logits, out + "/logits.pt")
 model.save_pretrained(out + "/again")
-with open(out + "/report.json", "w") as file:
+with open(out + "/report.json", "w", encoding="utf-8") as file:
     json.dump(report, file)
 """
 
@@ -712,10 +715,10 @@ def elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     make_base("llama").save_pretrained(folder / "base")
     # Whose code the base brings is not the question that was answered with trust_remote_code=True.
-    config = json.loads((folder / "base" / "config.json").read_text())
+    config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    (folder / "base" / "config.json").write_text(json.dumps(config))
-    (folder / "base" / "evil.py").write_text("raise RuntimeError('code of the base was run')")
+    (folder / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "base" / "evil.py").write_text("raise RuntimeError('code of the base was run')", encoding="utf-8")
     model = AutoModelForSleepLM.from_pretrained(folder / "base", sleep=sleep_config("llama", window_size=L))
     randomize(model.fast_weights, 1)
     model.save_pretrained(folder / "asleep", only_sleep=True)
@@ -727,7 +730,7 @@ def elsewhere(tmp_path_factory):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return model, folder, json.loads((folder / "report.json").read_text())
+    return model, folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def test_a_checkpoint_loads_where_the_package_is_not_imported(elsewhere):
@@ -754,11 +757,13 @@ def test_nothing_loads_the_base_without_its_memory(where, elsewhere):
 def test_code_of_this_package_is_not_copied_into_checkpoints(elsewhere):
     model, folder, _ = elsewhere
     assert [path.name for path in (folder / "again").glob("*.py")] == [REMOTE_CODE_FILE]
-    first, again = (json.loads((folder / name / "config.json").read_text()) for name in ("asleep", "again"))
+    first, again = (
+        json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in ("asleep", "again")
+    )
     assert first["auto_map"] == again["auto_map"]
     assert stored(folder / "again").keys() == model.state_dict().keys()
     # Where the package is imported, the file is not even looked at.
-    (folder / "again" / REMOTE_CODE_FILE).write_text("raise RuntimeError")
+    (folder / "again" / REMOTE_CODE_FILE).write_text("raise RuntimeError", encoding="utf-8")
     for trust in (None, True):
         loaded = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=trust)
         assert_same_weights(loaded, model)

@@ -23,7 +23,7 @@ def check(root: Path) -> tuple[int, list[str]]:
 def write(root: Path, path: str, source: str) -> None:
     file = root / "hf_sleep" / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(source)
+    file.write_text(source, encoding="utf-8")
 
 
 def test_this_tree_points_one_way() -> None:

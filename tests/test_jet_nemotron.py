@@ -28,7 +28,7 @@ from hf_sleep.models import JetNemotronConfig, JetNemotronForCausalLM, JetNemotr
 from hf_sleep.ops import dynamic_short_convolution, gated_delta_rule
 
 FOLDER = Path(__file__).parent / "goldens" / "jet_nemotron"
-UPSTREAM = json.loads((FOLDER / "config.json").read_text())
+UPSTREAM = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
 WINDOW = 20
 JET_LAYERS = (0, 2, 4)
 
@@ -298,7 +298,7 @@ def test_the_upstream_config_comes_back(tmp_path):
     assert (config.sliding_window, config.head_dim, config.default_loop_layers) == (WINDOW, 16, (1, 5))
     assert config.dtype == torch.float32
     config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert written["transformers_version"] != UPSTREAM["transformers_version"]
     assert written == UPSTREAM | {"transformers_version": written["transformers_version"], "pad_token_id": None}
     assert config.to_dict().items() >= written.items()
@@ -457,7 +457,7 @@ def test_missing_weights_are_made_and_loaded_ones_kept(tmp_path, golden):
     missing = {f"{prefix}{name}" for name in ("A_log", "dynamic_conv1d.kernel_generator.w2.bias")}
     missing |= {name for name in weights if name.startswith("model.layers.4.self_attn.")}
     save_file({k: v for k, v in weights.items() if k not in missing}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text())
+    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     model, report = JetNemotronForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == missing
     is_fresh(model.model.layers[4].self_attn, 0.02)

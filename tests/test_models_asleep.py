@@ -91,8 +91,8 @@ def test_jet_nemotron_writes_its_fast_weights_once_outside_the_loop():
 def test_a_sleeping_jet_nemotron_keeps_its_upstream_form_inside(tmp_path):
     model = AutoModelForSleepLM.from_pretrained(GOLDENS / "jet_nemotron", sleep=SleepConfig(window_size=16))
     model.save_pretrained(tmp_path)
-    upstream = json.loads((GOLDENS / "jet_nemotron" / "config.json").read_text())
-    written = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    upstream = json.loads((GOLDENS / "jet_nemotron" / "config.json").read_text(encoding="utf-8"))
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["text_config"]
     for key in ("model_type", "layer_types", "efficient_attention_config", "rope_theta", "tie_word_embeddings"):
         assert written[key] == upstream[key]
     again, ids = AutoModelForSleepLM.from_pretrained(tmp_path), tokens(40)[None]
@@ -151,7 +151,7 @@ def test_training_leaves_the_exit_gate_untouched(tmp_path):
 )
 def test_six_jet_blocks_add_less_than_a_tenth_to_the_1_4b(sleep, added, share):
     file = GOLDENS / "ouro" / "upstream_configs" / "config_1.4B.json"
-    model = on_meta(OuroConfig.from_dict(json.loads(file.read_text())), **sleep)
+    model = on_meta(OuroConfig.from_dict(json.loads(file.read_text(encoding="utf-8"))), **sleep)
     assert model.config.sleep.block_layers == (2, 6, 10, 14, 18, 22)
     assert model.config.sleep.loop_layers == (0, 24)
     assert (count(model.lm), count(model.fast_weights)) == (1_434_652_673, added)

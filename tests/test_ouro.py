@@ -617,10 +617,10 @@ def test_continuous_batching_is_refused(model):
 
 @pytest.mark.parametrize("path", UPSTREAM, ids=lambda path: path.stem)
 def test_upstream_configs(path, tmp_path):
-    upstream = json.loads(path.read_text())
+    upstream = json.loads(path.read_text(encoding="utf-8"))
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "config.json").write_text(path.read_text())
+    (folder / "config.json").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     config = AutoConfig.from_pretrained(folder)
     assert type(config) is OuroConfig
     assert config.dtype == torch.bfloat16
@@ -630,7 +630,7 @@ def test_upstream_configs(path, tmp_path):
         assert again.to_dict() == config.to_dict()
     for again in (config, OuroConfig(**config.to_dict())):
         again.save_pretrained(tmp_path / "out")
-        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
         for key in upstream.keys() - {"transformers_version"}:
             assert written[key] == upstream[key], key
         assert not {"rope_parameters", "dtype"} & written.keys()
@@ -640,7 +640,7 @@ def test_upstream_configs(path, tmp_path):
 def test_three_published_configs_and_the_defaults():
     assert len(UPSTREAM) == 3
     defaults = OuroConfig().to_dict()
-    published = json.loads(UPSTREAM[0].read_text())
+    published = json.loads(UPSTREAM[0].read_text(encoding="utf-8"))
     for key in published.keys() - {"architectures", "auto_map", "torch_dtype", "transformers_version"}:
         assert defaults[key] == published[key], key
 
@@ -723,7 +723,9 @@ def test_weights_round_trip(model, tmp_path):
     for name, tensor in stored.items():
         assert written[name].dtype == tensor.dtype
         assert torch.equal(written[name], tensor), name
-    upstream, config = (json.loads((folder / "config.json").read_text()) for folder in (FOLDER, tmp_path))
+    upstream, config = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (FOLDER, tmp_path)
+    )
     assert {key: config[key] for key in upstream} == upstream | {"transformers_version": config["transformers_version"]}
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is OuroForCausalLM
@@ -747,7 +749,7 @@ def test_what_a_file_lacks_is_initialised(tmp_path):
 
     kept = {k: v for k, v in load_file(FOLDER / "model.safetensors").items() if not lost(k)}
     save_file(kept, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text())
+    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     lm, report = OuroForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["missing_keys"]) == names_and_shapes(lm.config).keys() - kept.keys()
     fresh = {name: tensor for name, tensor in lm.state_dict().items() if name not in kept}

@@ -68,12 +68,12 @@ def base(tokenizer, tmp_path_factory):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_text_is_read_through_sleep_and_the_base_stays(recipe, base, tmp_path, capsys):
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(60)))
+    text.write_text("\n".join(GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(60)), encoding="utf-8")
     options = ["--model", base, "--text", str(text), "--window-size", "16", "--windows", "3", "--steps", "30"]
     recipe("finetune_text").main([*options, "--learning-rate", "0.03", "--output", str(tmp_path / "run")])
     before, after = map(float, re.search(r"perplexity: (\S+) before, (\S+) after 30", capsys.readouterr().out).groups())
@@ -89,13 +89,13 @@ def test_a_base_is_fine_tuned_evaluated_and_written_down(recipe, base, tmp_path,
     folder = tmp_path / "run"
     options = ["--model", base, *QUICK, "--eval-passes", "1", "2", "--output", str(folder)]
     results = recipe("finetune_gsm").main(options)
-    assert results == json.loads((folder / "results.json").read_text())
+    assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for when in ("before", "after"):
         assert {score["N"] for score in results[when]} == {1, 2}
         assert sum(score["n"] for score in results[when]) == 2 * 2 * 8
         task = GSMInfinite(ops=(1, 2), tokens=(0, 0))
         assert all(score["chance"] == task.chance(score["difficulty"], score["mode"]) for score in results[when])
-    assert json.loads((folder / "config.json").read_text())["settings"]["window_size"] == 40
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]["window_size"] == 40
     assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2]
     assert (folder / "accuracy.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_a_base_is_fine_tuned_evaluated_and_written_down(recipe, base, tmp_path,
         assert f"| {line} |" in printed
     model = AutoModelForSleepLM.from_pretrained(folder / "model")
     assert (model.config.sleep.window_size, model.config.sleep.sleep_passes) == (40, 2)
-    card = (folder / "model" / "README.md").read_text()
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "2 steps of 4 problems" in card
     assert "| GSM-Infinite | 1 | 2 |" in card
     with pytest.raises(SystemExit, match="holds a run already: choose another --output"):
@@ -118,7 +118,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_weights(recipe, base, tm
     weights = load_file(folder / "model" / "model.safetensors")
     shutil.rmtree(folder / "model" / "checkpoint-4")
     (folder / "model" / "model.safetensors").unlink()
-    (folder / "results.json").write_text(json.dumps({"before": whole["before"]}))
+    (folder / "results.json").write_text(json.dumps({"before": whole["before"]}), encoding="utf-8")
     assert main([*options, "--resume"]) == whole
     assert len([line for line in lines(folder) if line["step"] == 0]) == 2
     again = load_file(folder / "model" / "model.safetensors")
@@ -181,9 +181,9 @@ def test_two_processes_train_as_one_and_write_once(recipe, base, tmp_path):
     assert [line["step"] for line in two] == [1, 2]
     for name in ("loss", "grad_norm", "num_input_tokens_seen"):
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    results = [json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("one", "two")]
     assert results[0] == results[1]
-    assert "2 steps of 4 problems" in (tmp_path / "two" / "model" / "README.md").read_text()
+    assert "2 steps of 4 problems" in (tmp_path / "two" / "model" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -230,7 +230,7 @@ def test_a_hybrid_trains_its_own_layers_on_a_text(recipe, tokenizer, tmp_path):
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(40)))
+    text.write_text("\n".join(GSMInfinite(tokens=(0, 0)).problem(seed).prompt for seed in range(40)), encoding="utf-8")
     options = ["--model", str(tmp_path / "base"), "--text", str(text), "--window-size", "16", "--windows", "2"]
     recipe("finetune_text").main([*options, "--steps", "2", "--output", str(tmp_path / "run")])
     trained = AutoModelForSleepLM.from_pretrained(tmp_path / "run").lm.state_dict()
@@ -275,7 +275,7 @@ def test_a_trained_checkpoint_is_evaluated_at_every_n_and_l(recipe, tmp_path):
     model = str(ROOT / "examples" / "khop" / "N3")
     options = ["--sleep-passes", "1", "3", "--window-size", "7", "10", "--problems", "96", "--batch-size", "32"]
     scores = recipe("evaluate").main([model, "khop", *options, "--output", str(tmp_path)])
-    assert scores == json.loads((tmp_path / "results.json").read_text())
+    assert scores == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     accuracy = {(score["L"], score["N"], score["difficulty"]): score["accuracy"] for score in scores}
     assert accuracy.keys() == {(size, n, k) for size in (7, 10) for n in (1, 3) for k in (1, 2, 3, 4)}
     assert all(score["chance"] == KHop(8).chance(score["difficulty"]) for score in scores)

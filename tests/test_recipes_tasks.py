@@ -44,8 +44,8 @@ def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more,
     results = recipe(name).main([*QUICK, *more.split(), "--output", str(folder)])
     seeds = [0, 1] if "--seeds" in more else [0]
     assert [(r["seed"], r["sleep_passes"]) for r in results] == [(seed, n) for seed in seeds for n in (1, 2)]
-    assert json.loads((folder / "config.json").read_text())["settings"]["steps"] == 4
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]["steps"] == 4
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["model"] for row in rows} == {f"N{n}-seed{seed}" for seed in seeds for n in (1, 2)}
     assert any("loss" in row for row in rows)
     assert any("eval_chance" in row for row in rows)
@@ -56,7 +56,7 @@ def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more,
     for n in (1, 2):
         model = SleepForCausalLM.from_pretrained(folder / f"N{n}-seed0")
         assert model.config.sleep.sleep_passes == n
-        card = (folder / f"N{n}-seed0" / "README.md").read_text()
+        card = (folder / f"N{n}-seed0" / "README.md").read_text(encoding="utf-8")
         assert "| accuracy" in card.lower()
         counts = map(int, re.findall(r"^\| \w+ \| \d+ \| \d+ \| [\d.]+ \| [\d.]+ \| (\d+) \|$", card, re.MULTILINE))
         evaluated = {"train_khop": 2 * 32 * 8, "train_rule110": 32, "train_depo": 32 * 4}[name]
@@ -87,7 +87,9 @@ def test_two_processes_train_as_one_and_write_once(recipe, tmp_path):
     assert done.stdout.count("step     4/4") == 2
     losses = []
     for name in ("one", "two"):
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         losses.append([row["loss"] for row in rows if "loss" in row])
     one, two = (sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in ("one", "two"))
     assert one == two
@@ -165,7 +167,7 @@ def test_a_run_goes_on_only_with_the_settings_it_began_with(recipe, tmp_path, mo
     folder = recipe("run_folder").RunFolder
     folder(tmp_path / "run", {"steps": 4}).record(loss=1.0)
     folder(tmp_path / "run", {"steps": 4}, resume=True).record(loss=0.5)
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     with pytest.raises(SystemExit, match=r"begun with other settings, \{'steps': \(4, 5\)\}"):
         folder(tmp_path / "run", {"steps": 5}, resume=True)
     with pytest.raises(SystemExit, match=r"holds a run already: choose another --output$"):
@@ -197,7 +199,7 @@ def test_a_comparison_in_parts_ends_as_one_in_one_piece(recipe, tmp_path, capsys
     assert without_seconds(results) == without_seconds(expected)[:1]
     assert main([*in_parts, "--minutes", "1e6"]) == main(in_parts) == json_results(parts)
     assert without_seconds(main(in_parts)) == without_seconds(expected)
-    logs = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    logs = [json.loads(line) for line in (parts / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for n in (1, 2):
         name = f"N{n}-seed0"
         final, again = (load_file(folder / name / "model.safetensors") for folder in (whole, parts))
@@ -242,7 +244,7 @@ def test_a_process_is_as_old_as_its_imports(recipe):
 
 def commands(page):
     """Recipe and arguments of every command on a page."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
     return [(Path(recipe).stem, arguments) for _, recipe, *arguments in map(shlex.split, lines)]
 

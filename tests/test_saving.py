@@ -175,9 +175,9 @@ def test_a_base_that_is_gone_or_another_is_named(bases, tmp_path):
 
 def test_new_weights_of_other_blocks_are_refused(bases, tmp_path):
     retrofit(bases("llama")).save_pretrained(tmp_path, only_sleep=True)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config["sleep"] |= {"block_layers": [0, 3]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"does not hold this model's fast weights: missing \['fast_weights\.3"):
         SleepForCausalLM.from_pretrained(tmp_path)
 
@@ -248,9 +248,9 @@ def test_new_weights_on_another_base_of_the_same_shape_warn(bases, tmp_path, mon
     monkeypatch.setattr("hf_sleep.modeling.logger.warning", warnings.append)
     SleepForCausalLM.from_pretrained(tmp_path)
     assert not warnings
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(bases("llama", seed=1))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     SleepForCausalLM.from_pretrained(tmp_path)
     assert len(warnings) == 1
     assert "other weights" in warnings[0]

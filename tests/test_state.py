@@ -185,7 +185,7 @@ def test_a_file_that_is_no_state_is_named(metadata, tmp_path):
 
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("not a state")
+    (tmp_path / "notes.txt").write_text("not a state", encoding="utf-8")
     with pytest.raises(ValueError, match=r"notes\.txt is no sleep state"):
         SleepState.load(tmp_path / "notes.txt")
 

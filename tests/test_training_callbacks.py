@@ -123,7 +123,7 @@ def test_a_step_runs_with_its_n_and_the_rest_with_the_config_s(plain, tmp_path):
     assert [n for n, *_ in seen.forward] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert {n for n, *_ in seen.outside} == {2}
     assert len(seen.outside) == 6
-    assert '"sleep_passes": 2' in (tmp_path / "checkpoint-2" / "config.json").read_text()
+    assert '"sleep_passes": 2' in (tmp_path / "checkpoint-2" / "config.json").read_text(encoding="utf-8")
 
 
 def test_a_fixed_n_is_the_config_s_n(tmp_path):

@@ -51,8 +51,13 @@ class FastWeightBlock(nn.Module):
         weight = self.mixer.o_proj.weight
         return not weight.is_meta and not bool(weight.any())
 
-    def init_weights(self, std: float) -> None:
-        """Fresh weights with the zero at the output, where the gradient still reaches it."""
-        self.mixer.init_weights(std)
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Fresh weights with the zero at the output, where the gradient still reaches it.
+
+        Args:
+            std: of the projections.
+            generator: to draw from; by default torch's own.
+        """
+        self.mixer.init_weights(std, generator)
         init.ones_(self.norm.weight)
         init.zeros_(self.mixer.o_proj.weight)

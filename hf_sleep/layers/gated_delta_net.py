@@ -44,9 +44,9 @@ class GatedDeltaNet(GatedDeltaMixer):
         )
         return self.output(o, x), (recurrent_state, conv_state)
 
-    def init_weights(self, std: float) -> None:
-        super().init_weights(std)
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        super().init_weights(std, generator)
         # Mostly the current token, so that a fresh layer reads what its projections say.
-        taps = torch.empty_like(self.conv_weight).normal_(std=std)
+        taps = torch.empty_like(self.conv_weight).normal_(std=std, generator=generator)
         taps[:, -1] += 1.0
         init.copy_(self.conv_weight, taps)

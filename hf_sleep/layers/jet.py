@@ -72,8 +72,8 @@ class Jet(GatedDeltaMixer):
         )
         return self.output(o, x), (recurrent_state, conv_state)
 
-    def init_weights(self, std: float) -> None:
-        super().init_weights(std)
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        super().init_weights(std, generator)
         # Taps that start at zero would let no gradient through: start at "the current token".
         bias = self.dynamic_conv1d.kernel_generator.w2.bias
         identity = torch.zeros_like(bias).view(self.value_dim, self.conv_size)

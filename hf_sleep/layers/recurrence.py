@@ -100,16 +100,16 @@ class GatedDeltaMixer(nn.Module):
         recurrent_state = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return recurrent_state, torch.zeros(batch_size, self.conv_dim, self.conv_size, device=device, dtype=dtype)
 
-    def init_weights(self, std: float) -> None:
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
         """Fresh parameters: projections N(0, std), A ~ U(0, 16), time step log-uniform in [1e-3, 0.1].
 
         Source: Gu & Dao 2024 (arXiv 2312.00752), §3.6, for the gates.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init.normal_(module.weight, std=std)
+                init.normal_(module.weight, std=std, generator=generator)
         init.ones_(self.o_norm.weight)
-        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-4, 16).log())
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-4, 16, generator=generator).log())
         low, high = math.log(1e-3), math.log(0.1)
-        step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
+        step = torch.empty_like(self.dt_bias).uniform_(low, high, generator=generator).exp()
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))

@@ -241,7 +241,7 @@ class SleepTrainer(Trainer):
         """Whether this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
         config, state, optimizer = (folder / name for name in ("config.json", "trainer_state.json", "optimizer.pt"))
         written = TrainerState.load_from_json(str(state)).stateful_callbacks if state.is_file() else {}
-        saved = json.loads(config.read_text()).get("sleep", {}) if config.is_file() else {}
+        saved = json.loads(config.read_text(encoding="utf-8")).get("sleep", {}) if config.is_file() else {}
         if "SleepRecord" in written:  # an adapter's checkpoint has no config.json
             saved |= written["SleepRecord"]["attributes"]["sleep"]
         for name, value in sleep_settings(self.model).items():
