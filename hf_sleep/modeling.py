@@ -166,10 +166,10 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             seed = hashlib.sha256(f"{config.base_fingerprint}/{layer}".encode()).digest()
             block.to_empty(device="cpu").double()
             block.init_weights(std, torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8])))
-            device = compute_device(decoder.layers[int(layer)])
             for name, parameter in block.named_parameters():
                 is_gate = name.rpartition(".")[2] in ("A_log", "dt_bias")
-                parameter.data = parameter.data.float().to(device, high if is_gate else base.dtype)
+                parameter.data = parameter.data.float().to(high if is_gate else base.dtype)
+            block.to(compute_device(decoder.layers[int(layer)]))
             for module in block.modules():
                 module._is_hf_initialized = True
         for module in base.modules():

@@ -28,6 +28,7 @@ FORMATS = {"hf_sleep.state.v1": {"format", "version", "state"}, FORMAT: {"format
 NO_DIGEST = "0" * 64
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 HEADER = {"rows": list, "columns": int, "settings": dict, "fingerprint": str, "dtype": str}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Settings that what was read depends on; the number of passes may change from call to call.
 FIXED_SETTINGS = ("window_size", "eviction", "num_sink_tokens", "loop_layers", "block_layers", "block_kind")
 SAMPLES = 16
@@ -189,7 +190,7 @@ class SleepState:
                 f"columns={self.columns!r} with {longest} tokens in the longest row: tokens are in columns"
             )
         for name, t in self.tensors.items():
-            if not t.is_floating_point() or t.dim() < 3 or len(t) != len(self.rows):
+            if t.dtype not in DTYPES or t.dim() < 3 or len(t) != len(self.rows):
                 raise ValueError(
                     f"{name} is {_described(t)}: it must hold floating-point values of {len(self.rows)} rows"
                 )
@@ -301,15 +302,15 @@ def _most_retained(config: SleepConfig) -> int:
 
 def _check_row(number: int, row: Row, config: SleepConfig) -> None:
     """Check a row's counters: where it retains and where it stands follow from what it read and slept on."""
-    size, slept_on = config.window_size, row.seen - row.fill
-    right = dataclasses.replace(
-        row,
-        retained=min(_most_retained(config), slept_on),
-        position=row.fill + min(config.max_position - size, slept_on),
-    )
-    whole = all(type(count) is int for count in dataclasses.astuple(row))
-    # A sleep takes one token at least, and a window at most.
-    if not whole or not 0 <= row.fill <= size or not -(-slept_on // size) <= row.sleeps <= slept_on or row != right:
+    size, fits = config.window_size, False
+    if all(type(count) is int for count in dataclasses.astuple(row)):
+        slept_on = row.seen - row.fill
+        retained = min(_most_retained(config), slept_on)
+        position = row.fill + min(config.max_position - size, slept_on)
+        # A sleep takes one token at least, and a window at most.
+        fits = 0 <= row.fill <= size and -(-slept_on // size) <= row.sleeps <= slept_on
+        fits &= (row.retained, row.position) == (retained, position)
+    if not fits:
         raise ValueError(
             f"row {number} has {row}, which window_size={size}, eviction={config.eviction!r} and "
             f"num_sink_tokens={config.num_sink_tokens} cannot leave"

@@ -1,4 +1,4 @@
-"""Stream = batch = reference, whatever the lengths, splits, paddings, N per call and explicit sleeps."""
+"""Stream = batch = reference: whatever the lengths, splits, paddings, N per call, explicit sleeps, rests as a state."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import reference_run
 from test_laws import assert_close, assert_same_states, states
 
-from hf_sleep import SleepCache
+from hf_sleep import SleepCache, SleepState
 
 COMMON = settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -65,6 +65,8 @@ def test_every_stream_is_the_reference(family, config, plan, whole_mask):
                 model.sleep(cache, sleep_passes=then_sleep)
                 for r in range(batch):
                     explicit[r].setdefault(read[r] - 1, then_sleep)
+            # Put away after every call: what it holds is what a state of this model may hold.
+            cache = SleepState.from_cache(model, cache).to_cache(model)
         assert cache.get_seq_length() == past.shape[1]
         for r, ids in enumerate(rows):
             if len(ids):

@@ -1,15 +1,25 @@
 """SleepState: a conversation put away in its middle goes on token for token, and only with the model that had it."""
 
 import dataclasses
+import hashlib
 import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from families import VOCAB, make_base, make_model, randomize, sleep_config, tokens
-from safetensors.torch import save_file
+from families import FAMILIES, VOCAB, make_base, make_model, randomize, sleep_config, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_laws import pad
 
+import hf_sleep.state
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState
+from hf_sleep.cache import Row
 from hf_sleep.state import fingerprint
 
 L = 5
@@ -208,6 +218,429 @@ def test_a_state_is_a_value(kept):
         for t in copy.tensors.values():
             t.zero_()
         assert not torch.equal(model(more, cache=copy.to_cache(model)).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whatever_a_model_carries_is_what_is_expected_of_it(family, dtype, tmp_path):
+    """Before and after sleeps, of some rows and of all, with stale columns, with rows that are gone."""
+    for eviction in ("hard", "sliding"):
+        model = sleeper(family, eviction, dtype)
+        ids, mask = pad([tokens(2 * L + 3, 1), tokens(2, 2), tokens(0)], "left")
+        with torch.no_grad():
+            cache = model(ids, attention_mask=mask, use_cache=True).cache
+            for change in (
+                lambda: None,
+                lambda: model.sleep(cache),  # noqa: B023
+                lambda: model(ids[:, -3:], attention_mask=mask[:, -3:], cache=cache),  # noqa: B023
+                lambda: cache.select_rows(torch.tensor([1, 2])),  # noqa: B023
+                lambda: model.sleep(cache),  # noqa: B023
+            ):
+                change()
+                again = put_away(model, cache, tmp_path).to_cache(model)
+                assert again.rows == cache.rows
+                assert same_tensors(again, cache)
+
+
+def test_a_state_read_under_autocast_goes_on_under_autocast(tmp_path):
+    model = sleeper("qwen3_next")
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(2, 2)], "left")
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model(ids, attention_mask=mask, use_cache=True).cache
+            state = put_away(model, cache, tmp_path)
+            more = torch.stack((tokens(L, 3), tokens(L, 4)))
+            expected = model(more, cache=cache).logits
+            assert torch.equal(model(more, cache=state.to_cache(model)).logits, expected)
+        with pytest.raises(ValueError, match=r"bfloat16, where this model carries .* of torch\.float32"):
+            state.to_cache(model)
+
+
+def test_a_state_is_shown_in_one_line(kept):
+    model, state = kept
+    assert repr(state) == (
+        f"SleepState(rows=1, tokens=[{L + 2}], sleeps=[1], bytes={state.num_bytes()}, window_size={L}, "
+        f"eviction='hard', dtype=torch.float32, fingerprint={fingerprint(model)[:12]})"
+    )
+    many = dataclasses.replace(state, rows=state.rows * 100)
+    assert f"rows=100, tokens=[{L + 2}, " in repr(many)
+    assert len(repr(many)) < 250
+
+
+# Damaged files.
+
+
+def damaged(data: bytes, kind: str, rng: random.Random) -> bytes:
+    """`data` with one thing changed."""
+    header, out = 8 + int.from_bytes(data[:8], "little"), bytearray(data)
+    at = rng.randrange(header) if rng.random() < 0.5 else rng.randrange(header, len(data))
+    if kind == "bit":
+        out[at] ^= 1 << rng.randrange(8)
+    elif kind == "byte":
+        out[at] = rng.randrange(256)
+    elif kind == "zeroed":
+        size = rng.choice((1, 8, 64, 512))
+        out[at : at + size] = bytes(len(out[at : at + size]))
+    elif kind == "truncated":
+        del out[at:]
+    elif kind == "appended":
+        out += rng.randbytes(rng.choice((1, 8, 4096)))
+    elif kind == "inserted":
+        out[at:at] = rng.choice((b" ", b"\0", b'"'))
+    elif kind == "moved":
+        other = rng.randrange(len(out) - 8)
+        out[at : at + 8] = out[other : other + 8]
+    return bytes(out)
+
+
+KINDS = ("bit", "byte", "zeroed", "truncated", "appended", "inserted", "moved")
+
+
+def test_a_thousand_damaged_files_are_refused(tmp_path):
+    """Four states, in the middle of a window and after a sleep, of ragged rows: any change, however small."""
+    path, rng, refused = tmp_path / "state.safetensors", random.Random(0), dict.fromkeys(KINDS, 0)
+    for family, eviction, number in [(f, e, 125) for f in ("llama", "qwen3_next") for e in ("hard", "sliding")]:
+        model, cache = sleeper(family, eviction), SleepCache()
+        ids, mask = pad([tokens(2 * L + 3, 1), tokens(2, 2)], "left")
+        for slept in (False, True):
+            with torch.no_grad():
+                model.sleep(cache) if slept else model(ids, attention_mask=mask, cache=cache)
+            put_away(model, cache, tmp_path)
+            data, done = path.read_bytes(), 0
+            while done < number:
+                kind = KINDS[done % len(KINDS)]
+                if (bad := damaged(data, kind, rng)) == data:
+                    continue
+                done += 1
+                path.write_bytes(bad)
+                with pytest.raises(
+                    ValueError, match=r"state\.safetensors (is damaged|is no sleep state|has the format)"
+                ):
+                    SleepState.load(path)
+                refused[kind] += 1
+            path.write_bytes(data)
+            assert same_tensors(SleepState.load(path).to_cache(model), cache)
+    assert sum(refused.values()) == 1000
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        SleepState.load(tmp_path / "state.safetensors")
+
+
+def rewrite(folder: Path, **changes) -> Path:
+    """The state's file with other metadata and with a right digest; `None` takes a field away."""
+    path = folder / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in (file.metadata() | changes).items() if value is not None}
+    if "sha256" in metadata:
+        metadata["sha256"] = hf_sleep.state.NO_DIGEST
+    save_file(load_file(path), path, metadata=metadata)
+    data = path.read_bytes()
+    at = data.find(f'"{hf_sleep.state.NO_DIGEST}"'.encode()) + 1
+    if at:
+        path.write_bytes(data[:at] + hf_sleep.state._digest(data, at).encode() + data[at + 64 :])
+    return path
+
+
+def test_the_digest_is_of_the_file_with_zeros_in_its_place(kept, tmp_path):
+    """As a reader in another language would check it."""
+    data = (tmp_path / "state.safetensors").read_bytes()
+    digest = re.search(rb'"sha256":"([0-9a-f]{64})"', data)[1]
+    assert hashlib.sha256(data.replace(digest, b"0" * 64)).hexdigest().encode() == digest
+    SleepState.load(rewrite(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "hf_sleep.state.v3", "version": "9.9"}, "format 'hf_sleep.state.v3' of hf_sleep 9.9.*: upgrade"),
+        ({"format": "hf_sleep.state.v1"}, "'hf_sleep.state.v1' has .*, this file .*'sha256'"),
+        ({"note": "mine"}, "is damaged: .* this file .*'note'"),
+        ({"state": None}, "is damaged"),
+        ({"sha256": None}, "is damaged"),
+        ({"state": "[]"}, "its header is a JSON list, not an object"),
+        ({"state": "{"}, "its header is not JSON"),
+        ({"state": "[" * 100_000}, "its header is not JSON"),
+        ({"state": "{}"}, "its header is {}, it must have rows, columns, settings, fingerprint, dtype"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_header_that_cannot_be_is_refused(changes, message, kept, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SleepState.load(rewrite(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("more", 1),
+        ("columns", "7"),
+        ("columns", True),
+        ("columns", L + 1),
+        ("rows", {}),
+        ("rows", []),
+        ("rows", [7]),
+        ("rows", [{"seen": 7}]),
+        ("rows", [{"seen": 7, "fill": 2, "retained": 0, "position": 2, "sleeps": "1"}]),
+        ("rows", [{"seen": "7", "fill": 2, "retained": 0, "position": 2, "sleeps": 1}]),
+        ("rows", [{"seen": 7, "fill": None, "retained": 0, "position": 2, "sleeps": 1}]),
+        ("rows", [{"seen": 7, "fill": 2.0, "retained": 0, "position": 2, "sleeps": 1}]),
+        ("settings", []),
+        ("settings", {"window_size": L}),
+        ("window_size", [L]),
+        ("window_size", -1),
+        ("eviction", {"hard": 1}),
+        ("fingerprint", None),
+        ("dtype", 32),
+    ],
+    ids=str,
+)
+def test_a_field_that_cannot_be_is_refused(key, value, kept, tmp_path):
+    _, state = kept
+    header = {name: getattr(state, name) for name in ("columns", "settings", "fingerprint", "dtype")}
+    header["rows"] = [dataclasses.asdict(row) for row in state.rows]
+    assert SleepState.load(rewrite(tmp_path, state=json.dumps(header))).rows == state.rows
+    if key in header["settings"]:
+        header["settings"] = header["settings"] | {key: value}
+    else:
+        header[key] = value
+    with pytest.raises(ValueError, match="is no sleep state: "):
+        SleepState.load(rewrite(tmp_path, state=json.dumps(header)))
+
+
+def without(*names):
+    return lambda state: {"tensors": {k: t for k, t in state.tensors.items() if k not in names}}
+
+
+def with_tensor(name, change):
+    return lambda state: {"tensors": state.tensors | {name: change(state.tensors.get(name))}}
+
+
+def with_row(**counters):
+    return lambda state: {"rows": [dataclasses.replace(state.rows[0], **counters)]}
+
+
+def with_value(value):
+    def change(t):
+        t = t.clone()
+        t.view(-1)[3] = value
+        return t
+
+    return change
+
+
+# Of a state with 7 tokens read, 2 of them in the window, slot 0 attention and slot 1 a block.
+CANNOT_BE = {
+    "not a number": (
+        with_tensor("layers.1.0", with_value(torch.nan)),
+        r"layers\.1\.0 holds values that are not finite",
+    ),
+    "infinite": (with_tensor("hidden", with_value(-torch.inf)), "hidden holds values that are not finite"),
+    "whole numbers": (with_tensor("layers.0.0", torch.Tensor.long), r"layers\.0\.0 is .*int64: it must hold floating"),
+    "eight bits": (
+        with_tensor("layers.0.0", lambda t: t.to(torch.float8_e4m3fn)),
+        r"layers\.0\.0 is .*float8_e4m3fn: it must hold",
+    ),
+    "another batch": (with_tensor("hidden", lambda t: t.repeat(2, 1, 1)), r"hidden is \[2, 2, 32\].* of 1 rows"),
+    "fill": (with_row(fill=L + 1), "row 0 has .*fill=6.* cannot leave"),
+    "fill below 0": (with_row(fill=-1), "row 0 has .*fill=-1.* cannot leave"),
+    "retained": (with_row(retained=3), "row 0 has .*retained=3.* cannot leave"),
+    "position": (with_row(position=7), "row 0 has .*position=7.* cannot leave"),
+    "sleeps": (with_row(sleeps=0), "row 0 has .*sleeps=0.* cannot leave"),
+    "more sleeps than tokens": (with_row(sleeps=6), "row 0 has .*sleeps=6.* cannot leave"),
+    "seen": (with_row(seen=1), "row 0 has .*seen=1.* cannot leave"),
+    "columns": (lambda _: {"columns": 6}, "columns=6 with 7 tokens in the longest row"),
+    "no rows": (lambda _: {"rows": []}, "columns=7 with None tokens"),
+    "settings": (lambda state: {"settings": {"window_size": L}}, "its settings are .* must be window_size, eviction"),
+}
+DOES_NOT_FIT = {
+    "no memory": (without("layers.1.0"), r"the state lacks layers\.1\.0, which this model carries"),
+    "no keys": (without("layers.0.0", "layers.2.1"), r"the state lacks layers\.0\.0, layers\.2\.1"),
+    "no hidden": (without("hidden"), "the state lacks hidden"),
+    "no start": (without("window_start.1.0", "window_start.1.1"), r"the state lacks window_start\.1\.0"),
+    "another layer": (with_tensor("layers.9.0", lambda _: torch.zeros(1, 2, 3)), r"the state has layers\.9\.0, which"),
+    "a name": (
+        with_tensor("memory", lambda _: torch.zeros(1, 2, 3)),
+        "the state has memory, which this model does not",
+    ),
+    "a head less": (
+        with_tensor("layers.1.0", lambda t: t[:, 1:]),
+        r"layers\.1\.0 is \[1, 1, 8, 16\] .* carries \[1, 2, 8, 16\]",
+    ),
+    "fewer keys": (
+        with_tensor("layers.0.0", lambda t: t[..., 1:, :]),
+        r"layers\.0\.0 is \[1, 2, 1, 8\] .*\[1, 2, 2, 8\]",
+    ),
+    "more values": (
+        with_tensor("layers.0.1", lambda t: t.repeat(1, 1, 9, 1)),
+        r"layers\.0\.1 is \[1, 2, 18, 8\] .* carries \[1, 2, 5, 8\]",
+    ),
+    "another dimension": (with_tensor("hidden", lambda t: t[None].transpose(0, 1)), r"hidden is \[1, 1, 2, 32\]"),
+    "half precision": (
+        with_tensor("layers.0.0", torch.Tensor.half),
+        r"layers\.0\.0 is .*float16, where .* of torch\.float32",
+    ),
+    "a wide memory": (with_tensor("layers.1.0", torch.Tensor.double), r"layers\.1\.0 is .*float64, where"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BE | DOES_NOT_FIT)
+def test_a_state_that_cannot_be_is_refused_everywhere(case, kept, tmp_path):
+    model, state = kept
+    change, message = (CANNOT_BE | DOES_NOT_FIT)[case]
+    wrong = dataclasses.replace(state, **change(state))
+    before = dict(wrong.tensors), list(wrong.rows)
+    with pytest.raises(ValueError, match=message):
+        wrong.to_cache(model)
+    assert (dict(wrong.tensors), list(wrong.rows)) == before
+    path = tmp_path / "wrong.safetensors"
+    if case in DOES_NOT_FIT:
+        # Only the model can tell.
+        wrong.save(path)
+        with pytest.raises(ValueError, match=message):
+            SleepState.load(path).to_cache(model)
+        return
+    with pytest.raises(ValueError, match=message):
+        wrong.save(path)
+    assert not path.exists()
+    with mock.patch.object(SleepState, "_check"):
+        wrong.save(path)
+    with pytest.raises(ValueError, match=message):
+        SleepState.load(path)
+
+
+def test_counters_of_a_sliding_window_are_checked(tmp_path):
+    """By hand: a window of 5 and 1 sink. After 13 tokens and 2 sleeps, 5 are kept and the next position is 9."""
+    model = sleeper(eviction="sliding")
+    with torch.no_grad():
+        state = put_away(model, model(tokens(13)[None], use_cache=True).cache, tmp_path)
+    assert state.rows == [Row(seen=13, fill=3, retained=5, position=9, sleeps=2)]
+    state.to_cache(model)
+    for wrong in ({"retained": 4}, {"position": 8}, {"sleeps": 1}):
+        with pytest.raises(ValueError, match=r"row 0 has .* eviction='sliding' and num_sink_tokens=1 cannot leave"):
+            dataclasses.replace(state, rows=[dataclasses.replace(state.rows[0], **wrong)]).to_cache(model)
+
+
+def first_format(folder: Path, state: SleepState, **header) -> Path:
+    """A file as hf_sleep wrote it before files had a digest."""
+    fields = {name: getattr(state, name) for name in ("columns", "settings", "fingerprint", "dtype")}
+    fields |= {"rows": [dataclasses.asdict(row) for row in state.rows]} | header
+    metadata = {"format": "hf_sleep.state.v1", "version": "0.1.0", "state": json.dumps(fields)}
+    tensors = {name: t.contiguous().clone() for name, t in state.tensors.items()}
+    save_file(tensors, folder / "first.safetensors", metadata=metadata)
+    return folder / "first.safetensors"
+
+
+def test_a_file_of_the_first_format_loads_with_a_warning(kept, tmp_path):
+    model, state = kept
+    with pytest.warns(
+        UserWarning, match="is of hf_sleep's first format and carries no digest, .* save it again"
+    ) as said:
+        old = SleepState.load(first_format(tmp_path, state))
+    assert said[0].filename == __file__
+    assert old.rows == state.rows
+    assert same_tensors(old.to_cache(model), state.to_cache(model))
+    old.save(tmp_path / "first.safetensors")
+    SleepState.load(tmp_path / "first.safetensors").to_cache(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*carries no digest:UserWarning")
+def test_a_file_of_the_first_format_is_checked_as_far_as_it_can_be(kept, tmp_path):
+    model, state = kept
+    with pytest.raises(ValueError, match="row 0 has "):
+        SleepState.load(first_format(tmp_path, state, rows=[dataclasses.asdict(Row(seen=7, fill=9, sleeps=1))]))
+    with pytest.raises(ValueError, match="its header is "):
+        SleepState.load(first_format(tmp_path, state, rows=None))
+    bad = dataclasses.replace(state, **DOES_NOT_FIT["a head less"][0](state))
+    with pytest.raises(ValueError, match=DOES_NOT_FIT["a head less"][1]):
+        SleepState.load(first_format(tmp_path, bad)).to_cache(model)
+    data, rng = first_format(tmp_path, state).read_bytes(), random.Random(1)
+    for _ in range(50):
+        (tmp_path / "first.safetensors").write_bytes(damaged(data, rng.choice(("truncated", "appended")), rng))
+        with pytest.raises(ValueError, match=r"first\.safetensors is (damaged|no sleep state)"):
+            SleepState.load(tmp_path / "first.safetensors")
+
+
+# A fresh retrofit.
+
+ELSEWHERE = """
+import json, sys
+import torch
+from hf_sleep import AutoModelForSleepLM, SleepState
+
+torch.manual_seed(int(sys.argv[4]))
+model = AutoModelForSleepLM.from_pretrained(sys.argv[1], sleep=json.loads(sys.argv[2]))
+state = SleepState.load(sys.argv[3])
+ids = torch.arange(1, 8)[None]
+print(json.dumps(model(ids, cache=state.to_cache(model)).logits[0, -1].tolist()))
+"""
+
+
+def test_a_memory_of_a_fresh_retrofit_goes_on_in_a_new_process(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    sleep = {"window_size": L, "block_layers": [0, 2]}
+    model = AutoModelForSleepLM.from_pretrained(tmp_path / "base", sleep=sleep)
+    with torch.no_grad():
+        cache = model(tokens(L)[None], use_cache=True).cache
+        state = put_away(model, cache, tmp_path)
+        expected = model(torch.arange(1, 8)[None], cache=cache).logits[0, -1]
+    run = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, tmp_path / "base", json.dumps(sleep), tmp_path / "state.safetensors", "7"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(run.stdout)), expected, rtol=0, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"saved by another model .*save_pretrained\(folder\).* load it with AutoModel"
+    ):
+        state.to_cache(redrawn(model))
+
+
+def redrawn(model: SleepForCausalLM) -> SleepForCausalLM:
+    for block in model.fast_weights.values():
+        block.init_weights(0.02)
+    return model
+
+
+def block_values(model: SleepForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.fast_weights.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["jet", "gated_delta_net"])
+def test_fresh_blocks_follow_from_the_base_alone(kind):
+    def fresh(seed=0, dtype=torch.float32):
+        return SleepForCausalLM.from_base(make_base("llama", dtype, seed), sleep_config("llama", block_kind=kind))
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    mine = block_values(fresh())
+    torch.manual_seed(2)
+    again, other = block_values(fresh()), block_values(fresh(seed=1))
+    drawn = [name for name, value in mine.items() if not torch.equal(value, other[name])]
+    assert all(torch.equal(value, again[name]) for name, value in mine.items())
+    # All but ones, zeros and the identity are drawn, by layer and with the spread that they ought to have.
+    for layer in ("0", "2"):
+        assert {f"{layer}.mixer.{name}" for name in ("q_proj.weight", "A_log", "dt_bias")} <= set(drawn)
+        assert abs(mine[f"{layer}.mixer.q_proj.weight"].std() - 0.02) < 0.002
+    assert not any(torch.equal(mine[name], mine[name.replace("0.", "2.", 1)]) for name in drawn if name[0] == "0")
+    # The same in another dtype, rounded to it; gates are kept wide.
+    for dtype in (torch.bfloat16, torch.double):
+        for name, value in block_values(fresh(dtype=dtype)).items():
+            is_gate = name.endswith(("A_log", "dt_bias"))
+            assert value.dtype == (torch.promote_types(dtype, torch.float32) if is_gate else dtype)
+            assert torch.equal(value, mine[name].to(value.dtype))
+    # Torch's generator is left alone, and gives others.
+    torch.set_rng_state(before)
+    model = SleepForCausalLM.from_base(make_base("llama"), sleep_config("llama", block_kind=kind))
+    drawn_state = torch.get_rng_state()
+    torch.set_rng_state(before)
+    make_base("llama")
+    assert torch.equal(torch.get_rng_state(), drawn_state)
+    assert not torch.equal(block_values(redrawn(model))["0.mixer.q_proj.weight"], mine["0.mixer.q_proj.weight"])
 
 
 # The fingerprint.
