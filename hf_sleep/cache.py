@@ -23,6 +23,8 @@ class Row:
         retained: tokens whose KV survived the last eviction (sinks included).
         position: position number of the next token.
         sleeps: sleeps so far.
+        pads: the columns of the calls that read it that were pads, as half-open ranges in order. Not the row's own:
+            rows that read the same are equal, whatever their neighbours made of their columns.
     """
 
     seen: int = 0
@@ -30,11 +32,19 @@ class Row:
     retained: int = 0
     position: int = 0
     sleeps: int = 0
+    pads: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
     @property
     def kv_length(self) -> int:
         """Tokens whose KV is held."""
         return self.retained + self.fill
+
+    def note_pads(self, start: int, end: int) -> None:
+        """Columns `start` to `end` were pads; they come in order."""
+        if start == end:
+            return
+        *before, last = self.pads or [(start, start)]
+        self.pads = (*before, (last[0], end)) if last[1] == start else (*before, last, (start, end))
 
 
 @dataclass
@@ -141,6 +151,52 @@ class SleepCache(Cache):
         self.tensors = tensors
         self.fast_slots = fast_slots
         self._owner = weakref.ref(owner)
+
+    def count_columns(self, start: list[int], counts: list[int], width: int) -> None:
+        """Note that a call has been read.
+
+        Args:
+            start: per row, the call's first column with a token.
+            counts: per row, how many have one.
+            width: columns of the call.
+        """
+        for row, first, count in zip(self.rows, start, counts, strict=True):
+            row.note_pads(self.columns, self.columns + first)
+            row.note_pads(self.columns + first + count, self.columns + width)
+        self.columns += width
+
+    def check_past(self, past: torch.Tensor | None) -> None:
+        """Whether a mask over the columns read so far is the one that they were read with.
+
+        Args:
+            past: `[B, columns]`, 0 at pads; `None`: all are tokens.
+
+        Raises:
+            ValueError: it is not, which could only be ignored: what was read cannot be changed.
+        """
+        tokens = torch.ones(len(self.rows), self.columns, dtype=torch.bool)
+        said = tokens if past is None else past.detach().cpu() != 0
+        for b, row in enumerate(self.rows):
+            read = tokens[b].clone()
+            for start, end in row.pads:
+                read[start:end] = False
+            # A row of a state file that does not say where its pads stood: it has counted its tokens all the same.
+            is_known = int(read.sum()) == row.seen
+            if torch.equal(said[b], read) if is_known else int(said[b].sum()) == row.seen:
+                continue
+            if is_known:
+                column = int((said[b] != read).nonzero()[0])
+                words = ("a pad", "a token")
+                differs = (
+                    f"column {column} of row {b} is {words[said[b, column]]}, and cache has read {words[read[column]]}"
+                )
+            else:
+                differs = f"row {b} has {int(said[b].sum())} tokens in the past, and cache has read {row.seen}"
+            raise ValueError(
+                f"attention_mask says that {differs}. What was read cannot be changed: pass a mask that agrees over "
+                "the past (generate reads no pads after a row's end: they are 0 in it), or read the whole conversation "
+                "again with an empty SleepCache"
+            )
 
     def belongs_to(self, model: Any) -> bool:
         """Whether `model` wrote this cache."""

@@ -220,16 +220,19 @@ class SleepLMConfig(PreTrainedConfig):
             only.
         only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from
             `base_model_name_or_path`.
+        use_cache: whether a forward returns a cache where it is not said.
     """
 
     model_type = "sleep_lm"
     sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     text_config: Any = None
     sleep: Any = None
     base_model_name_or_path: str | None = None
     base_fingerprint: str | None = None
     only_sleep: bool = False
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:

@@ -33,6 +33,11 @@ class Decoder:
         return 1
 
     def __init__(self, lm: PreTrainedModel):
+        if lm.config._attn_implementation.startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation={lm.config._attn_implementation!r} reads a paged KV cache, which cannot hold "
+                "fast weights: load the base with attn_implementation='sdpa'"
+            )
         self.lm = lm
         self.config = lm.config
         self.model: Any = lm.model

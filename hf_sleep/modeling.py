@@ -1,5 +1,6 @@
 """SleepForCausalLM: a pretrained decoder LM that sleeps."""
 
+import functools
 import hashlib
 import os
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import logging
 
 from .cache import SleepCache
@@ -38,6 +39,7 @@ from .hub import (
 )
 from .layers import FastWeightBlock
 from .offload import compute_device
+from .packing import MARKS, refuse_packed
 from .sleep import PassHook, Piece, Sleeper
 from .state import fingerprint
 
@@ -49,6 +51,10 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 # What PEFT, accelerate and transformers ask a model to learn how its linear layers are stored.
 QUANTISATION = {"is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"}
+# Of what stock models take as further keywords, what no answer here depends on, and the values with which others say
+# nothing.
+IGNORED = ("cache_position", "token_type_ids")
+SAYING_NOTHING = {"is_causal": (None, True), "output_router_logits": (None, False)}
 
 
 @dataclass
@@ -65,6 +71,12 @@ class Layout:
     counts: list[int]
     width: int
 
+    def mask(self) -> torch.Tensor:
+        """`[B, width]`, whether a column holds a token."""
+        column = torch.arange(self.width)
+        start, counts = (torch.tensor(values).unsqueeze(1) for values in (self.start, self.counts))
+        return (column >= start) & (column < start + counts)
+
     def compact(self, t: torch.Tensor) -> torch.Tensor:
         """`[B, width, ...]` with each row's real tokens moved to the front."""
         if not any(self.start):
@@ -78,6 +90,25 @@ class Layout:
         row = max(range(len(self.counts)), key=self.counts.__getitem__)
         counts = [longest if b == row else n for b, n in enumerate(self.counts)]
         return Layout(self.start, counts, max(self.width, self.start[row] + longest))
+
+
+class Ended(StoppingCriteriaList):
+    """Stopping criteria that remember where rows ended: from there on generate feeds them pads, which are not read."""
+
+    lengths: torch.Tensor | None = None
+    """`[B]`, tokens of a row's sequence up to its end; a huge number where it has not ended."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        now = torch.where(done, input_ids.shape[1], torch.iinfo(torch.long).max)
+        self.lengths = now if self.lengths is None else torch.minimum(self.lengths, now)
+        return done
+
+    def real_columns(self, length: int, width: int) -> torch.Tensor | None:
+        """`[B, width]`, whether the last columns of sequences of this length hold tokens; `None`: all of them do."""
+        if self.lengths is None:
+            return None
+        return torch.arange(length - width, length, device=self.lengths.device) < self.lengths.unsqueeze(1)
 
 
 class SleepForCausalLM(PreTrainedModel, GenerationMixin):
@@ -268,6 +299,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Read tokens; sleep whenever a window is full and another token comes.
 
@@ -279,7 +312,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
             labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window.
                 Targets at pads are ignored.
-            use_cache: return a cache; by default when one was passed.
+            use_cache: return a cache; by default when one was passed, and where `config.use_cache` says so, as in stock
+                models: not in training with gradient checkpointing, nor where weights are sharded over ranks.
             logits_to_keep: how many of the last columns need logits; 0 for all.
             sleep_passes: N for the sleeps of this call; by default the config's.
             backprop_windows: truncated backpropagation: a row's gradient is cut behind every so many of its sleeps in
@@ -289,6 +323,10 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             output_attentions: refused.
             output_hidden_states: refused.
             return_dict: `False` for a tuple.
+            position_ids: `[B, T]` or `[1, T]`, counting up over a row's tokens; a model that sleeps numbers them
+                itself, so this is only checked.
+            kwargs: what stock models take and ignore (`token_type_ids`, `cache_position`), and what they take for
+                packed samples, which is refused.
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `[B, T or logits_to_keep, vocab]` (zeros at pads), `loss` and
@@ -297,9 +335,11 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for input that cannot be read, before anything has changed.
+            TypeError: for an unknown keyword.
 
         Source: Lee et al. 2026, Alg. 1.
         """
+        self._check_keywords(kwargs)
         passes = self._check_passes(sleep_passes)
         if output_attentions or output_hidden_states:
             raise ValueError(
@@ -308,6 +348,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             )
         held = self._check_cache(cache)
         layout = self._check_inputs(input_ids, attention_mask, inputs_embeds, labels, held)
+        self._check_positions(position_ids, layout, held)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
         if backprop_windows is not None and (type(backprop_windows) is not int or backprop_windows < 1):
@@ -318,13 +359,15 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
         if held.is_empty:
             held.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
+        if use_cache is None:
+            use_cache = cache is not None or self._caches_by_default()
         in_step = cache is None and not use_cache and self._is_sharded()
         if not in_step:
             self._warn_if_untrained(held, layout, passes)
 
         targets = None if labels is None else _next_labels(labels, layout)
         keep = min(logits_to_keep or layout.width, layout.width)
-        columns = layout.width
+        columns, read = layout.width, layout
         if in_step:
             # Ranks gather each other's weights, so all must run the same modules in the same order: as many windows,
             # every one of them to the end. What is read behind a row's end has no target, and nothing looks back at it.
@@ -350,13 +393,17 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             # Where there is nothing to predict the loss is 0, not 0 / 0.
             loss = loss / count.to(loss.device).clamp(min=1)
 
-        held.columns += columns
+        held.count_columns(read.start, read.counts, columns)
         if cache is not None:
             cache.assign(held)
             held = cache
-        use_cache = cache is not None if use_cache is None else use_cache
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: held if use_cache else None})
         return output.to_tuple() if return_dict is False else output
+
+    def _caches_by_default(self) -> bool:
+        # Ranks that hold a part of the weights each read in step, which those with a cache of their own cannot.
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return self.config.use_cache and not checkpointing and not self._is_sharded()
 
     def _is_sharded(self) -> bool:
         """Whether ranks hold a part of the weights each (FSDP2)."""
@@ -442,6 +489,37 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Checks: all of them before anything changes.
 
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        for name, value in kwargs.items():
+            if name in SAYING_NOTHING:
+                if value not in SAYING_NOTHING[name]:
+                    raise ValueError(f"{name}={value!r}: a model that sleeps has no such mode, leave it out")
+            elif name not in (*IGNORED, *MARKS):
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
+        refuse_packed(kwargs)
+
+    @staticmethod
+    def _check_positions(position_ids: torch.Tensor | None, layout: Layout, cache: SleepCache) -> None:
+        """Whether positions only say that a row's tokens come one after the other."""
+        if position_ids is None:
+            return
+        batch = len(layout.counts)
+        if position_ids.shape[-1] != layout.width or position_ids.shape[-2:-1] not in ((1,), (batch,)):
+            raise ValueError(
+                f"position_ids have shape {tuple(position_ids.shape)}: it must be {(batch, layout.width)} or "
+                f"{(1, layout.width)}"
+            )
+        refuse_packed({"position_ids": position_ids}, layout.mask())
+        positions = position_ids.expand(batch, -1) if position_ids.dim() == 2 else position_ids[0].expand(batch, -1)
+        first = positions.detach().cpu()[range(batch), layout.start].tolist()
+        for b, (position, count, row) in enumerate(zip(first, layout.counts, cache.rows, strict=False)):
+            if count and position < row.seen:
+                raise ValueError(
+                    f"position_ids of row {b} begin again at {position} after {row.seen} tokens that cache has read, "
+                    "as for the next of several packed samples: one would remember the other. Give each sample a cache "
+                    "of its own"
+                )
+
     def _check_passes(self, sleep_passes: int | None) -> int:
         passes = self.config.sleep.sleep_passes if sleep_passes is None else sleep_passes
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
@@ -510,6 +588,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 f"attention_mask has shape {tuple(attention_mask.shape)}: it must be {(batch, width)}"
                 + (f" or, with the past, {(batch, cache.columns + width)}" if cache.columns else "")
             )
+        if attention_mask.shape[1] > width:
+            cache.check_past(attention_mask[:, :-width])
         return _layout_of_mask(attention_mask[:, -width:])
 
     def _warn_if_untrained(self, cache: SleepCache, layout: Layout, passes: int) -> None:
@@ -539,6 +619,26 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Generation.
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and with it `generate_batch` and `generate(cache_implementation="paged")`.
+
+        Raises:
+            NotImplementedError: always, with what works.
+        """
+        raise NotImplementedError(
+            "continuous batching keeps its sequences in a paged KV cache, which cannot hold fast weights: use generate, "
+            "whose batches may hold rows of any length"
+        )
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
+        if generation_config.is_assistant:
+            raise ValueError(
+                f"a {type(self).__name__} cannot be the assistant_model of another model: of what it drafts, what the "
+                "other rejects would stay in its fast weights, which cannot be rewound. Use a model that does not "
+                "sleep as the assistant"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, *args)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
@@ -554,11 +654,62 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
                 "attention_mask ends with pads, and generate goes on from the last column: pad prompts on the left "
                 "(tokenizer.padding_side = 'left')"
             )
+        # Where the generation config has such an entry, generate has put the keyword there.
+        passes = model_kwargs.setdefault("sleep_passes", getattr(generation_config, "sleep_passes", None))
+        self._check_passes(passes)
         if (given := model_kwargs.get(CACHE)) is not None:
+            if generation_config.use_cache is False:
+                raise ValueError("use_cache=False and a cache contradict each other: leave one of them out")
             # It outlives the call, so a stop that is noticed a step late must not be taken back from it: it cannot be.
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = SleepCache()
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
+    ) -> Any:
+        """Check a conversation against what its cache has read, before anything of it is read."""
+        embeds, mask, cache = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask", CACHE))
+        width = (input_ids if embeds is None else embeds).shape[1]
+        held = self._check_cache(cache)
+        if not held.is_empty:
+            # A mask of ones generate has dropped by now.
+            said = generation_config._mask_length if mask is None else mask.shape[1]
+            is_whole = embeds is not None or said == width
+            if width <= held.columns if is_whole else said != held.columns + width:
+                raise ValueError(
+                    f"cache has read {held.columns} columns, the input has {width} and attention_mask {said}. With a "
+                    "cache, generate takes the whole conversation, of which it reads what is new; or, as input_ids, "
+                    "new text alone with an attention_mask over both: "
+                    f"attention_mask=torch.ones({len(held.rows)}, {held.columns + width}, dtype=torch.long)"
+                )
+            held.check_past(None if mask is None else mask[:, : held.columns])
+        if (positions := model_kwargs.pop("position_ids", None)) is not None:
+            refuse_packed({"position_ids": positions}, mask)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+    def _sample(
+        self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Without such a criterion a row that has ended speaks on, and what it says is part of the answer.
+        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            stopping_criteria = kwargs["ended"] = Ended(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
+
+    # generate asks its signature which keywords it takes.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, ended: "Ended | None" = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs.pop("tokenizer", None)
+        given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        width, mask = given.shape[1], inputs.pop("attention_mask", None)
+        # The past was checked before generate began.
+        mask = None if mask is None else mask[:, -width:]
+        if ended is not None and (real := ended.real_columns(input_ids.shape[1], width)) is not None:
+            mask = real if mask is None else mask * real
+        return inputs if mask is None else inputs | {"attention_mask": mask.to(given.device)}
 
     # Saving and loading.
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 PACKAGE = "hf_sleep"
 # A module may import only from the groups before its own; members of one group do not see each other.
-ORDER = """version compat files | offload | config | ops | layers | cache | state | sleep | decoders | modeling | auto
-    | info | training session pipeline | cli"""
+ORDER = """version compat files packing | offload | config | ops | layers | cache | state | sleep | decoders | modeling
+    | auto | info | training session pipeline | cli"""
 ALLOWED: dict[str, set[str]] = {}
 for group in ORDER.split("|"):
     before = set(ALLOWED)
     ALLOWED |= {name: set(before) for name in group.split()}
-for name in ALLOWED.keys() - {"version", "compat", "files", "offload", "config"}:
+for name in ALLOWED.keys() - {"version", "compat", "files", "packing", "offload", "config"}:
     ALLOWED[name].add("hub")
 for name in ("decoders", "modeling", "auto", "info", "training", "session", "pipeline", "cli"):
     ALLOWED[name].add("models")
 for name in ("training", "session", "pipeline", "cli"):
     ALLOWED[name].add("data")
-ALLOWED |= {"models": {"version", "compat", "config", "ops", "layers"}, "data": set()}
+ALLOWED |= {"models": {"version", "compat", "packing", "config", "ops", "layers"}, "data": set()}
 ALLOWED["hub"] = {"version", "files", "config"}
 EVERYTHING = {"__init__", "__main__"}  # the package's own front doors import what they like
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..packing import refuse_packed
+
 IGNORED = -100
 PADDING_SIDES = ("left", "right")
 
@@ -66,19 +68,3 @@ class SleepCollator:
         real = batch["attention_mask"] != 0
         batch["labels"][~real | (real.cumsum(1) == 1)] = IGNORED
         return batch
-
-
-def refuse_packed(row: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` where a row says that it holds several samples."""
-    marks = [name for name in row if name == "seq_idx" or name.startswith("cu_seq")]
-    if row.get("seq_lengths") is not None and torch.as_tensor(row["seq_lengths"]).numel() > 1:
-        marks.append("seq_lengths")
-    if row.get("position_ids") is not None:
-        positions = torch.as_tensor(row["position_ids"]).flatten()
-        if bool((positions[1:] <= positions[:-1]).any()):
-            marks.append("position_ids that restart")
-    if marks:
-        raise ValueError(
-            f"a row holds several packed samples (it has {', '.join(marks)}): one would remember the other. Turn "
-            "packing off and give each sample a row of its own: pads never reach the memory"
-        )

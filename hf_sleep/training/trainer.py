@@ -19,8 +19,9 @@ from transformers.training_args import OptimizerNames
 from ..data import Task
 from ..hub import write_model_card, write_remote_code
 from ..modeling import SleepForCausalLM
+from ..packing import refuse_packed
 from .callbacks import DuringStep, SleepRecord, TokensPerSecond, sleep_settings
-from .collator import IGNORED, SleepCollator, refuse_packed
+from .collator import IGNORED, SleepCollator
 from .evaluation import accuracy_by_difficulty
 from .optimizer import MuonAdamW, check_signature, parameter_groups
 
