@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,6 +55,21 @@ QUANTISATION = {"is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"}
 # nothing.
 IGNORED = ("cache_position", "token_type_ids")
 SAYING_NOTHING = {"is_causal": (None, True), "output_router_logits": (None, False)}
+
+
+def uncompiled(function: Callable) -> Callable:
+    """Let torch.compile run `function` as it is, and say so once: how often layers run depends on what was read."""
+
+    @functools.partial(torch.compiler.disable, reason="a model that sleeps is not compiled")
+    def run(*args: Any, **kwargs: Any) -> Any:
+        logger.warning_once("torch.compile leaves a model that sleeps as it is: it runs as it does without.")
+        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        return (run if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return choose
 
 
 @dataclass
@@ -284,6 +299,7 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
     # Forward.
 
     @takes_cache
+    @uncompiled
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -626,8 +642,8 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: always, with what works.
         """
         raise NotImplementedError(
-            "continuous batching keeps its sequences in a paged KV cache, which cannot hold fast weights: use generate, "
-            "whose batches may hold rows of any length"
+            "continuous batching keeps its sequences in a paged KV cache, which cannot hold fast weights: use "
+            "generate, whose batches may hold rows of any length"
         )
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:

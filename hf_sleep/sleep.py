@@ -409,7 +409,7 @@ class Sleeper:
         self, slots: range, x: torch.Tensor, layers: list[Pair | None], geometry: Geometry
     ) -> tuple[torch.Tensor, list[Pair | None]]:
         """Run `slots` once; `layers` is what they carry, of which a new list comes back."""
-        if len(slots) == 0:  # torch.compile does not know the truth of a range
+        if not slots:
             return x, layers
         mine = [layers[i] for i in slots]
         if self.checkpointing and torch.is_grad_enabled():
