@@ -29,6 +29,7 @@ NO_DIGEST = "0" * 64
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 HEADER = {"rows": list, "columns": int, "settings": dict, "fingerprint": str, "dtype": str}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+COUNTERS = [field.name for field in dataclasses.fields(Row) if field.name != "pads"]
 # Settings that what was read depends on; the number of passes may change from call to call.
 FIXED_SETTINGS = ("window_size", "eviction", "num_sink_tokens", "loop_layers", "block_layers", "block_kind")
 SAMPLES = 16
@@ -166,10 +167,7 @@ class SleepState:
         try:
             if header.keys() != HEADER.keys() or any(type(header[key]) is not kind for key, kind in HEADER.items()):
                 raise ValueError(f"its header is {reprlib.repr(header)}, it must have {', '.join(HEADER)}")
-            names = {field.name for field in dataclasses.fields(Row)}
-            if any(type(row) is not dict or row.keys() != names for row in header["rows"]):
-                raise ValueError(f"its rows are {reprlib.repr(header['rows'])}: each must have {', '.join(names)}")
-            state = cls(tensors, **header | {"rows": [Row(**row) for row in header["rows"]]})
+            state = cls(tensors, **header | {"rows": [_row(values) for values in header["rows"]]})
             state._check()
         except ValueError as error:
             raise ValueError(f"{path} is no sleep state: {error}") from error
@@ -184,6 +182,7 @@ class SleepState:
         config = SleepConfig(**self.settings)
         for number, row in enumerate(self.rows):
             _check_row(number, row, config)
+            _check_pads(number, row, self.columns)
         longest = max((row.seen for row in self.rows), default=None)
         if longest is None or type(self.columns) is not int or self.columns < longest:
             raise ValueError(
@@ -303,7 +302,7 @@ def _most_retained(config: SleepConfig) -> int:
 def _check_row(number: int, row: Row, config: SleepConfig) -> None:
     """Check a row's counters: where it retains and where it stands follow from what it read and slept on."""
     size, fits = config.window_size, False
-    if all(type(count) is int for count in dataclasses.astuple(row)):
+    if all(type(getattr(row, name)) is int for name in COUNTERS):
         slept_on = row.seen - row.fill
         retained = min(_most_retained(config), slept_on)
         position = row.fill + min(config.max_position - size, slept_on)
@@ -315,6 +314,29 @@ def _check_row(number: int, row: Row, config: SleepConfig) -> None:
             f"row {number} has {row}, which window_size={size}, eviction={config.eviction!r} and "
             f"num_sink_tokens={config.num_sink_tokens} cannot leave"
         )
+
+
+def _check_pads(number: int, row: Row, columns: int) -> None:
+    """Check where a row's pads stood: with its tokens they make up all columns. Files of the first format knew none."""
+    bounds = [bound for pads in row.pads for bound in pads]
+    fits = all(type(bound) is int for bound in bounds) and all(len(pads) == 2 for pads in row.pads)
+    if fits and bounds:
+        fits = bounds == sorted(set(bounds)) and bounds[0] >= 0 and bounds[-1] <= columns
+        fits &= sum(end - start for start, end in row.pads) == columns - row.seen
+    if not fits:
+        raise ValueError(
+            f"row {number} has {reprlib.repr(row.pads)} as ranges of pads, with {row.seen} tokens in {columns} columns"
+        )
+
+
+def _row(values: Any) -> Row:
+    """A row's counters, of a header."""
+    if type(values) is not dict or values.keys() - {"pads"} != set(COUNTERS):
+        raise ValueError(f"a row is {reprlib.repr(values)}: it must have {', '.join(COUNTERS)}")
+    pads = values.get("pads", [])
+    if type(pads) is not list or any(type(each) is not list for each in pads):
+        raise ValueError(f"a row has pads={reprlib.repr(pads)}: they must be ranges of columns")
+    return Row(**values | {"pads": tuple(map(tuple, pads))})
 
 
 def _described(t: torch.Tensor) -> str:
