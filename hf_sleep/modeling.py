@@ -810,6 +810,9 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
         untrained = is_untrained(
             self.fast_weights.state_dict(prefix="fast_weights.") if state_dict is None else state_dict
         )
+        if getattr(self.generation_config, "sleep_passes", None) is not None:
+            # Of a generation config that was made of a model's config, loading drops what transformers does not know.
+            self.generation_config._from_model_config = False
         # trust_remote_code marks the class, and then its file would be copied: the code stays in the package.
         self.config._auto_class = None
         self.config.auto_map, self.config.only_sleep = dict(AUTO_MAP), only_sleep

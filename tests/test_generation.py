@@ -2,18 +2,22 @@
 
 import copy
 import functools
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
-from families import make_base, make_model, sleep_config, tokens
+from families import VOCAB, make_base, make_model, sleep_config, tokens
 from test_laws import pad
-from transformers import DynamicCache, StoppingCriteriaList
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 from transformers.generation import BaseStreamer
+from transformers.generation.utils import DeferredStopCheck
 
 from hf_sleep import SleepCache, SleepForCausalLM
+from hf_sleep.compat import CACHE
 from hf_sleep.decoders import Decoder, HybridDecoder
 from hf_sleep.layers import FastWeightBlock
 
@@ -194,6 +198,7 @@ def test_it_stops_where_it_is_told_to(eviction):
 
 REFUSED = {
     "prompt lookup": (lambda: {"prompt_lookup_num_tokens": 2}, "not supported with stateful models, such as Sleep"),
+    "early exit": (lambda: {"assistant_early_exit": 1}, "not supported with stateful models, such as Sleep"),
     "assistant": (lambda: {"assistant_model": make_base("llama")}, "not supported with stateful models, such as Sleep"),
     "static": (lambda: {"cache_implementation": "static"}, "cache_implementation='static' cannot hold fast weights"),
     "quantized": (
@@ -213,6 +218,34 @@ def test_what_would_lose_the_memory_is_refused(case):
     settings, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         sleeper("llama", "hard").generate(tokens(L)[None], max_new_tokens=3, **settings(), **GREEDY)
+
+
+def test_it_cannot_be_the_assistant_of_another():
+    target, model = make_base("llama"), sleeper("llama", "hard")
+    with pytest.raises(
+        ValueError, match=r"SleepForCausalLM cannot be the assistant_model of another model: .* rewound"
+    ):
+        target.generate(tokens(L)[None], max_new_tokens=3, assistant_model=model, **GREEDY)
+    with pytest.raises(ValueError, match="not supported with stateful models, such as SleepForCausalLM"):
+        model.generate(tokens(L)[None], max_new_tokens=3, assistant_model=model, **GREEDY)
+
+
+def test_continuous_batching_is_refused():
+    model = sleeper("llama", "hard")
+    for call in (
+        lambda: model.generate(tokens(L)[None], max_new_tokens=3, cache_implementation="paged", **GREEDY),
+        lambda: model.generate_batch([tokens(L).tolist()], max_new_tokens=3),
+        lambda: model.init_continuous_batching(),
+    ):
+        with pytest.raises(NotImplementedError, match="cannot hold fast weights: use generate"):
+            call()
+    config = GenerationConfig(cache_implementation="paged", max_new_tokens=3)
+    with pytest.raises(ValueError, match="cache_implementation='paged' cannot hold fast weights"):
+        model.generate(tokens(L)[None], generation_config=config)
+    base = make_base("llama")
+    base.set_attn_implementation("paged|eager")
+    with pytest.raises(ValueError, match=r"attn_implementation='paged\|eager' reads a paged KV cache"):
+        SleepForCausalLM.from_base(base, sleep_config("llama"))
 
 
 # The cache, as generate and users handle it.
@@ -279,6 +312,271 @@ def test_a_cache_cannot_be_cropped():
     assert cache.get_seq_length() == 2 * L + 3
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.activate_past_recording()
+
+
+# Rows that end before their neighbours, and what a mask says of the past.
+
+
+def two_turns(model, rows, question, **settings):
+    """Two turns of a batch, as a chat program makes them: what is said in the second, and the cache."""
+    ids, mask = pad(rows, "left")
+    settings = {"max_new_tokens": 2 * L, "return_dict_in_generate": True, **GREEDY, **settings}
+    out = model.generate(ids, attention_mask=mask, **settings)
+    said = torch.ones(len(rows), out.sequences.shape[1] - ids.shape[1], dtype=torch.long)
+    for row, answer in zip(said, out.sequences[:, ids.shape[1] :], strict=True):
+        if len(end := (answer == settings["eos_token_id"]).nonzero()):
+            row[int(end[0]) + 1 :] = 0
+    more = question.expand(len(rows), -1)
+    mask = torch.cat((mask, said, torch.ones_like(more)), 1)
+    ids = torch.cat((out.sequences, more), 1)
+    settings |= {"eos_token_id": None, "stopping_criteria": None, "max_new_tokens": L}
+    out = model.generate(ids, attention_mask=mask, cache=out.cache, output_logits=True, **settings)
+    return out, said.sum(1).tolist()
+
+
+@every_case
+@pytest.mark.parametrize("way", ["greedy", "sampling", "criterion", "uncached"])
+def test_a_row_that_ends_early_goes_on_as_it_would_alone(family, eviction, way):
+    model, question = sleeper(family, eviction), tokens(4, 9)[None]
+    rows = [tokens(L + 4, 1), tokens(L + 1, 2)]
+    answers = [model.generate(row[None], max_new_tokens=2 * L, **GREEDY)[0, len(row) :].tolist() for row in rows]
+    # Row 0 ends at least three tokens before row 1 does, if it ends at all.
+    end = next(token for token in answers[0][: L + 2] if token not in answers[1][: answers[0].index(token) + 3])
+    settings = {"eos_token_id": end}
+    if way == "sampling":
+        settings |= {"do_sample": True, "top_k": 1}
+    elif way == "criterion":
+        ended = StoppingCriteriaList([lambda ids, scores, **_: ids[:, -1] == end])
+        settings["stopping_criteria"] = ended
+    elif way == "uncached":
+        ids, mask = pad(rows, "left")
+        settings |= {"max_new_tokens": 2 * L, "pad_token_id": 0, "attention_mask": mask}
+        assert torch.equal(model.generate(ids, use_cache=False, **settings), model.generate(ids, **settings))
+        return
+    out, lengths = two_turns(model, rows, question, **settings)
+    assert lengths[0] <= lengths[1] - 3
+    for b, row in enumerate(rows):
+        alone, (length,) = two_turns(model, [row], question, **settings)
+        assert length == lengths[b]
+        assert torch.equal(alone.sequences[0, -L:], out.sequences[b, -L:])
+        assert torch.allclose(alone.logits[0][0], out.logits[0][b], atol=1e-5)
+        assert alone.cache.rows[0] == out.cache.rows[b]
+
+
+def test_a_row_without_an_end_token_speaks_on():
+    """A criterion alone ends a batch when all rows met it, and what they say until then is their answer."""
+    model, ids = sleeper("llama", "hard"), torch.stack((tokens(L, 1), tokens(L, 2)))
+    criteria = StoppingCriteriaList([lambda seen, scores, **_: torch.tensor([True, seen.shape[1] >= 2 * L])])
+    settings = {"max_new_tokens": 3 * L, "return_dict_in_generate": True, **GREEDY}
+    out = model.generate(ids, stopping_criteria=criteria, **settings)
+    assert out.sequences.shape[1] == 2 * L
+    assert [row.seen for row in out.cache.rows] == [2 * L - 1] * 2
+    assert_greedy(model, out.sequences, L)
+
+
+def padded_cache(model) -> SleepCache:
+    """Row 0 has a token in all 7 columns, row 1 from column 3 to 5."""
+    ids, mask = torch.stack((tokens(7, 1), tokens(7, 2))), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = mask[1, 6:] = 0
+    cache = SleepCache()
+    read(model, ids[:, :4], cache, attention_mask=mask[:, :4])
+    read(model, ids[:, 4:], cache, attention_mask=mask[:, 4:])
+    return cache
+
+
+AGREES = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]])
+OTHER_PASTS = {
+    "no pads": (torch.ones(2, 7, dtype=torch.long), "column 0 of row 1 is a token, and cache has read a pad"),
+    "one more": (AGREES.index_fill(1, torch.tensor([2]), 0), "column 2 of row 0 is a pad, and cache has read a token"),
+    "moved": (AGREES.roll(1, 1).index_fill(0, torch.tensor([0]), 1), "column 3 of row 1 is a pad, and cache has read"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PASTS)
+def test_a_mask_must_agree_with_what_was_read(case):
+    model, more, now = sleeper("llama", "hard"), tokens(4).view(2, 2), torch.ones(2, 2, dtype=torch.long)
+    past, message = OTHER_PASTS[case]
+    cache = padded_cache(model)
+    expected = read(model, more, cache.fork())
+    ids, mask = torch.cat((torch.ones(2, 7, dtype=torch.long), more), 1), torch.cat((past, now), 1)
+    for call in (
+        lambda: read(model, more, cache, attention_mask=mask),
+        lambda: model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=2, **GREEDY),
+    ):
+        with pytest.raises(ValueError, match=rf"attention_mask says that {message}.*again with an empty SleepCache"):
+            call()
+    assert torch.equal(read(model, more, cache, attention_mask=torch.cat((AGREES, now), 1)), expected)
+
+
+def test_selected_rows_remember_which_columns_were_pads():
+    model, more = sleeper("llama", "hard"), tokens(6).view(3, 2)
+    cache = padded_cache(model)
+    cache.select_rows(torch.tensor([1, 0, 1]))
+    mask = torch.cat((AGREES[[1, 0, 1]], torch.ones_like(more)), 1)
+    read(model, more, cache, attention_mask=mask)
+    with pytest.raises(ValueError, match="column 0 of row 0 is a token"):
+        read(model, more, cache, attention_mask=torch.ones(3, 11, dtype=torch.long))
+
+
+def test_where_only_the_number_of_tokens_is_known_that_must_agree():
+    """As in a state file from before it was noted which columns were pads."""
+    model, more, now = sleeper("llama", "hard"), tokens(4).view(2, 2), torch.ones(2, 2, dtype=torch.long)
+    cache = padded_cache(model)
+    for row in cache.rows:
+        row.pads = ()
+    with pytest.raises(ValueError, match="row 1 has 7 tokens in the past, and cache has read 3"):
+        read(model, more, cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
+    read(model, more, cache, attention_mask=torch.cat((AGREES, now), 1))
+
+
+def test_a_conversation_that_was_partly_read_is_read_on():
+    model, ids = sleeper("llama", "hard"), tokens(2 * L + 3)[None]
+    settings = {"max_new_tokens": L, "return_dict_in_generate": True, **GREEDY}
+    expected = model.generate(ids, **settings)
+    for read_before in (0, 1, L, 2 * L + 2):
+        cache = SleepCache()
+        if read_before:
+            read(model, ids[:, :read_before], cache)
+        out = model.generate(ids, cache=cache, **settings)
+        assert out.cache is cache
+        assert torch.equal(out.sequences, expected.sequences)
+        assert cache.rows == expected.cache.rows
+        assert cache.columns == cache.rows[0].seen == 3 * L + 2
+
+
+def test_new_text_alone_needs_a_mask_over_what_was_read():
+    model, old, new = sleeper("llama", "hard"), tokens(2 * L + 3, 1)[None], tokens(4, 2)[None]
+    memory, settings = SleepCache(), {"max_new_tokens": L, **GREEDY}
+    read(model, old, memory)
+    expected = model.generate(torch.cat((old, new), 1), **settings)[:, 2 * L + 3 :]
+    mask = torch.ones(1, 2 * L + 7, dtype=torch.long)
+    assert torch.equal(model.generate(new, cache=memory.fork(), attention_mask=mask, **settings), expected)
+    before = copy.deepcopy(memory)
+    for wrong in (None, mask[:, :4], mask[:, 1:]):
+        message = (
+            r"cache has read 13 columns, the input has 4 and .*attention_mask=torch.ones\(1, 17, dtype=torch.long\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            model.generate(new, cache=memory, attention_mask=wrong, **settings)
+    with pytest.raises(ValueError, match="cache has read 13 columns, the input has 13"):
+        model.generate(old, cache=memory, **settings)
+    embeds = model.get_input_embeddings()(new)
+    with pytest.raises(ValueError, match="cache has read 13 columns, the input has 4"):
+        model.generate(inputs_embeds=embeds, cache=memory, attention_mask=mask, **settings)
+    with pytest.raises(ValueError, match="use_cache=False and a cache contradict each other"):
+        model.generate(torch.cat((old, new), 1), cache=memory, use_cache=False, **settings)
+    assert memory.rows == before.rows
+    assert memory.columns == before.columns
+
+
+# Settings of generate.
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A token per letter."""
+    alphabet = "?Ġabcdefghijklmnopqrstuvwxyz.ABCDEFGHIJKLMNOPQRSTUVWXYZ012345"[:VOCAB]
+    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, [], unk_token="?"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="?", unk_token="?")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_it_stops_at_a_string(beams):
+    model, ids, tokenizer = sleeper("llama", "hard"), tokens(L + 2)[None], letters()
+    settings = {"max_new_tokens": 2 * L, "num_beams": beams, "tokenizer": tokenizer, **GREEDY}
+    said = model.generate(ids, **settings)[0, L + 2 :].tolist()
+    if beams == 1:
+        stop = tokenizer.decode(said[3:5])
+        first = next(i for i in range(1, 2 * L) if tokenizer.decode(said[i - 1 : i + 1]) == stop)
+        assert model.generate(ids, stop_strings=[stop], **settings)[0, L + 2 :].tolist() == said[: first + 1]
+    else:
+        assert said == model.generate(ids, max_new_tokens=2 * L, num_beams=beams, **GREEDY)[0, L + 2 :].tolist()
+
+
+@pytest.mark.parametrize("side", ["config", "model", "saved"])
+def test_the_number_of_passes_may_stand_in_the_generation_config(side, tmp_path):
+    model = make_model("llama", sleep_config("llama", window_size=L), torch.double)
+    ids, settings = tokens(3 * L)[None], {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+    one, four = (model.generate(ids, sleep_passes=n, **settings, **GREEDY).logits[0] for n in (1, 4))
+    assert not torch.allclose(one, four)
+    with_four, arguments = GenerationConfig(sleep_passes=4, **settings, **GREEDY), {**settings, **GREEDY}
+    if side == "config":
+        arguments = {"generation_config": with_four}
+    else:
+        model.generation_config.sleep_passes = 4
+        if side == "saved":
+            model.save_pretrained(tmp_path)
+            model = SleepForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+            # Its decay gates are rounded to fp32 by loading.
+            one, four = (model.generate(ids, sleep_passes=n, **settings, **GREEDY).logits[0] for n in (1, 4))
+    assert torch.equal(model.generate(ids, **arguments).logits[0], four)
+    assert torch.equal(model.generate(ids, sleep_passes=1, **arguments).logits[0], one)
+    # A forward is not generation.
+    assert torch.equal(model(ids, logits_to_keep=1).logits, model(ids, logits_to_keep=1, sleep_passes=2).logits)
+
+
+@pytest.mark.parametrize("passes", [0, "4", True])
+def test_an_impossible_number_of_passes_is_refused_wherever_it_stands(passes):
+    model = sleeper("llama", "hard")
+    with pytest.raises(ValueError, match=f"sleep_passes={passes!r}: it must be an integer of at least 1"):
+        model.generate(tokens(3)[None], generation_config=GenerationConfig(sleep_passes=passes, max_new_tokens=1))
+
+
+@pytest.mark.parametrize("how", ["passed", "returned", "dropped"])
+def test_a_stop_that_is_noticed_late_never_reaches_the_users_cache(how):
+    """On MPS generate looks a step late whether it should stop, and crops the token too many from the cache."""
+    model, ids = sleeper("llama", "hard"), tokens(L + 2)[None]
+    said = model.generate(ids, max_new_tokens=2 * L, **GREEDY)[0, L + 2 :].tolist()
+    end = next(token for i, token in enumerate(said) if i and token not in said[:i])
+    length = L + 2 + said.index(end) + 1
+    cache = SleepCache() if how == "passed" else None
+    asked, is_supported = [], DeferredStopCheck.is_supported
+
+    def on_mps(device, *args, **kwargs):
+        asked.append(is_supported(torch.device("mps"), *args, **kwargs))
+        return asked[-1]
+
+    with (
+        mock.patch.object(DeferredStopCheck, "is_supported", staticmethod(on_mps)),
+        mock.patch.object(torch, "Event", lambda **_: mock.Mock()),  # which the CPU has none of, and needs none of
+    ):
+        settings = {"eos_token_id": end, "return_dict_in_generate": how == "returned", **GREEDY}
+        out = model.generate(ids, max_new_tokens=2 * L, cache=cache, **settings)
+    # Where nobody sees the cache it may be late, and is.
+    assert asked == [how == "dropped"]
+    sequences = out.sequences if how == "returned" else out
+    assert sequences[0].tolist() == ids[0].tolist() + said[: said.index(end) + 1]
+    cache = out.cache if how == "returned" else cache
+    if cache is not None:
+        assert cache.columns == cache.rows[0].seen == length - 1
+        expected = read(model, sequences, None)[:, -1:]
+        assert torch.allclose(read(model, sequences[:, -1:], cache), expected, atol=1e-8)
+
+
+def test_the_cache_answers_to_both_names():
+    model, ids = sleeper("llama", "hard"), tokens(L + 2)[None]
+    settings = {"max_new_tokens": 2, "return_dict_in_generate": True, **GREEDY}
+    calls = {
+        "forward": lambda **cache: model(ids, **cache).cache,
+        "generate": lambda **cache: model.generate(ids, **cache, **settings).cache,
+        "sleep": lambda **cache: model.sleep(**cache),
+    }
+    for name, call in calls.items():
+        cache, spare = SleepCache(), SleepCache()
+        if name == "sleep":
+            read(model, ids, cache)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert call(past_key_values=cache) is cache
+        # transformers passes it by the old name itself before 5.24, so there nothing warns.
+        assert {warning.category for warning in caught} == ({FutureWarning} if CACHE == "cache" else set())
+        with pytest.raises((ValueError, FutureWarning), match=r"not as both|Both `past_key_values` and `cache`"):
+            call(past_key_values=spare, cache=cache)
+        assert spare.is_empty
+    for out in (model(ids), model.generate(ids, **settings)):
+        assert out.cache is out["cache"] is out.get("cache") is out.past_key_values is out["past_key_values"]
+        assert "cache" in out
+        assert "past_key_values" in out
 
 
 # What a token costs.

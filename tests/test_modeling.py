@@ -12,6 +12,7 @@ from families import VOCAB, make_base, make_model, sleep_config, tokens
 from test_laws import assert_close, pad
 from transformers import (
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +23,7 @@ from transformers import (
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
 from hf_sleep import modeling as modeling_module
+from hf_sleep.compat import CACHE
 
 L = 5
 
@@ -78,6 +80,28 @@ REFUSED = {
         "logits_to_keep=.* must be an integer",
     ),
     "no backpropagation": ({"input_ids": IDS, "backprop_windows": 0}, "backprop_windows=0: .* at least 1, or None"),
+    "positions that restart": (
+        {"input_ids": IDS, "position_ids": torch.tensor([[20, 21, 20], [20, 21, 22]])},
+        "several packed samples .it has position_ids that restart.: one would remember the other. Turn packing off",
+    ),
+    "positions that skip": (
+        {"input_ids": IDS, "position_ids": torch.tensor([[20, 21, 23]])},
+        "several packed samples .it has position_ids that skip.",
+    ),
+    "positions that were read": (
+        {"input_ids": IDS, "position_ids": torch.arange(3).expand(2, 3)},
+        "position_ids of row 0 begin again at 0 after 13 tokens that cache has read, as for .* packed samples",
+    ),
+    "positions of another width": (
+        {"input_ids": IDS, "position_ids": torch.arange(13, 17)[None]},
+        r"position_ids have shape \(1, 4\): it must be \(2, 3\) or \(1, 3\)",
+    ),
+    **{
+        name: ({"input_ids": IDS, name: torch.tensor([0, 2, 3])}, f"several packed samples .it has {name}.")
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+    },
+    "both directions": ({"input_ids": IDS, "is_causal": False}, "is_causal=False: .* no such mode, leave it out"),
+    "router logits": ({"input_ids": IDS, "output_router_logits": True}, "output_router_logits=True: .* no such mode"),
     "attentions": ({"input_ids": IDS, "output_attentions": True}, "not supported: a window's layers run several times"),
     "hidden states": ({"input_ids": IDS, "output_hidden_states": True}, "not supported: .* Run model.decoder's layers"),
 }
@@ -203,11 +227,109 @@ def test_a_tuple_is_given_where_it_is_asked_for():
     assert torch.equal(loss, out.loss)
     assert torch.equal(logits, out.logits)
     assert type(cache) is SleepCache
-    assert len(model(ids, return_dict=False)) == 1
-    assert model(ids).cache is None
+    assert len(model(ids, use_cache=False, return_dict=False)) == 1
     passed = SleepCache()
     assert model(ids, cache=passed).cache is passed
     assert model(ids, cache=SleepCache(), use_cache=False).cache is None
+
+
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cache_comes_where_stock_models_give_one(training, checkpointing, configured):
+    base, model, ids = make_base("llama"), sleeper(), tokens(2 * L)[None]
+    for each in (base, model):
+        each.train(training)
+        each.config.use_cache = configured
+    # Its model asks; its layers, which would have to be given a function, do not matter here.
+    base.model.gradient_checkpointing = model.gradient_checkpointing = checkpointing
+    modeling_module.logger.warning_once.cache_clear()
+    assert (model(ids).cache is None) == (getattr(base(ids), CACHE) is None)
+    assert model(ids, use_cache=False).cache is None
+    assert model(ids, use_cache=True).cache.columns == 2 * L
+    passed = SleepCache()
+    assert model(ids, cache=passed).cache is passed
+
+
+def test_a_loop_may_rely_on_the_cache_that_comes():
+    model, ids = sleeper(dtype=torch.double), tokens(3 * L + 2)[None]
+    with torch.no_grad():
+        first = model(ids[:, : 2 * L + 1])
+        assert_close(model(ids[:, 2 * L + 1 :], cache=first.cache).logits, model(ids).logits[:, 2 * L + 1 :], 1e-6)
+
+
+def test_trainer_predicts_with_a_cache(tmp_path):
+    """The cache that comes with the logits is left out of what is gathered."""
+    arguments = TrainingArguments(tmp_path, use_cache=True, report_to="none", use_cpu=True, disable_tqdm=True)
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(4 * 12).view(4, 12)]
+    trainer = Trainer(sleeper(), arguments)
+    assert trainer.model.config.use_cache
+    assert trainer.predict(Dataset.from_list(rows)).predictions.shape == (4, 12, VOCAB)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_stock_models_take_and_ignore_changes_nothing(side):
+    model = sleeper()
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(L, 2)], side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    extras = {
+        "position_ids": positions,
+        "cache_position": torch.arange(ids.shape[1]),
+        "token_type_ids": torch.zeros_like(ids),
+        "is_causal": True,
+        "output_router_logits": False,
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")),
+    }
+    expected = model(ids, attention_mask=mask)
+    out = model(ids, attention_mask=mask, **extras)
+    assert torch.equal(out.logits, expected.logits)
+    # They may number the columns as well as the tokens, and count on from what a cache has read.
+    more, columns = tokens(4).view(2, 2), torch.arange(ids.shape[1], ids.shape[1] + 2)
+    read_on = model(more, cache=out.cache, position_ids=columns[None])
+    assert torch.equal(read_on.logits, model(more, cache=expected.cache).logits)
+    tokens_read = torch.tensor([[row.seen] for row in read_on.cache.rows])
+    model(more, cache=read_on.cache, position_ids=tokens_read + torch.arange(2))
+    with pytest.raises(TypeError, match=r"SleepForCausalLM\.forward\(\) got an unexpected keyword argument 'idle'"):
+        model(ids, idle=None)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_flattened_batch_is_refused(flash):
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=flash, return_seq_idx=flash)
+    batch = collator([{"input_ids": tokens(n, n).tolist()} for n in (4, 7)])
+    marks = "cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k" if flash else "position_ids that restart"
+    with pytest.raises(ValueError, match=f"several packed samples .it has .*{marks}"):
+        sleeper()(**batch)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_leaves_it_as_it_is(backend, caplog):
+    """A second length, a batch of unequal rows, and a cache from call to call."""
+    modeling_module.logger.warning_once.cache_clear()
+    model = sleeper()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    ids, mask = pad([tokens(2 * L + 3, 1), tokens(L, 2)], "left")
+    with torch.no_grad():
+        for length in (3 * L, 2 * L + 1, 2):
+            assert torch.equal(compiled(tokens(length)[None]).logits, model(tokens(length)[None]).logits)
+        assert torch.equal(compiled(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+        mine, theirs = SleepCache(), SleepCache()
+        for token in range(L + 2):
+            more = tokens(1, token)[None]
+            assert torch.equal(compiled(more, cache=mine).logits, model(more, cache=theirs).logits)
+        assert mine.rows == theirs.rows
+        whole = torch.compile(model, backend=backend, fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="a model that sleeps is not compiled"):
+            whole(ids)
+    loss = compiled.train()(ids, attention_mask=mask, labels=ids).loss
+    loss.backward()
+    assert torch.equal(loss, model(ids, attention_mask=mask, labels=ids).loss)
+    assert all(block.mixer.o_proj.weight.grad.any() for block in model.fast_weights.values())
+    said = [record.message for record in caplog.records if "torch.compile leaves a model that sleeps" in record.message]
+    assert len(said) == 1
+    torch.compiler.reset()
+    modeling_module.logger.warning_once.cache_clear()
 
 
 def test_the_vocabulary_can_grow(tmp_path):
