@@ -538,7 +538,7 @@ def test_a_stop_that_is_noticed_late_never_reaches_the_users_cache(how):
 
     with (
         mock.patch.object(DeferredStopCheck, "is_supported", staticmethod(on_mps)),
-        mock.patch.object(torch, "Event", lambda **_: mock.Mock()),  # which the CPU has none of, and needs none of
+        mock.patch.object(torch, "Event"),  # which the CPU has none of, and needs none of
     ):
         settings = {"eos_token_id": end, "return_dict_in_generate": how == "returned", **GREEDY}
         out = model.generate(ids, max_new_tokens=2 * L, cache=cache, **settings)
