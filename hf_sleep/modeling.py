@@ -19,13 +19,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .cache import SleepCache
 from .compat import CACHE, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
+from .generation import RecurrentGenerationMixin
 from .hub import (
     AUTO_MAP,
     TAGS,
@@ -107,26 +108,7 @@ class Layout:
         return Layout(self.start, counts, max(self.width, self.start[row] + longest))
 
 
-class Ended(StoppingCriteriaList):
-    """Stopping criteria that remember where rows ended: from there on generate feeds them pads, which are not read."""
-
-    lengths: torch.Tensor | None = None
-    """`[B]`, tokens of a row's sequence up to its end; a huge number where it has not ended."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        done = super().__call__(input_ids, scores, **kwargs)
-        now = torch.where(done, input_ids.shape[1], torch.iinfo(torch.long).max)
-        self.lengths = now if self.lengths is None else torch.minimum(self.lengths, now)
-        return done
-
-    def real_columns(self, length: int, width: int) -> torch.Tensor | None:
-        """`[B, width]`, whether the last columns of sequences of this length hold tokens; `None`: all of them do."""
-        if self.lengths is None:
-            return None
-        return torch.arange(length - width, length, device=self.lengths.device) < self.lengths.unsqueeze(1)
-
-
-class SleepForCausalLM(PreTrainedModel, GenerationMixin):
+class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
     """A base decoder LM (`lm`, untouched) with fast-weight blocks (`fast_weights`), run window by window.
 
     Make one from a base with `AutoModelForSleepLM.from_pretrained`, or from a model in memory with `from_base`.
@@ -635,26 +617,6 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Generation.
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, and with it `generate_batch` and `generate(cache_implementation="paged")`.
-
-        Raises:
-            NotImplementedError: always, with what works.
-        """
-        raise NotImplementedError(
-            "continuous batching keeps its sequences in a paged KV cache, which cannot hold fast weights: use "
-            "generate, whose batches may hold rows of any length"
-        )
-
-    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *args: Any) -> None:
-        if generation_config.is_assistant:
-            raise ValueError(
-                f"a {type(self).__name__} cannot be the assistant_model of another model: of what it drafts, what the "
-                "other rejects would stay in its fast weights, which cannot be rewound. Use a model that does not "
-                "sleep as the assistant"
-            )
-        super()._validate_generation_mode(generation_mode, generation_config, *args)
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
@@ -704,28 +666,14 @@ class SleepForCausalLM(PreTrainedModel, GenerationMixin):
             refuse_packed({"position_ids": positions}, mask)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
 
-    def _sample(
-        self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        # Without such a criterion a row that has ended speaks on, and what it says is part of the answer.
-        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-            stopping_criteria = kwargs["ended"] = Ended(stopping_criteria)
-        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
-
-    # generate asks its signature which keywords it takes.
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, ended: "Ended | None" = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        inputs.pop("tokenizer", None)
-        given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        width, mask = given.shape[1], inputs.pop("attention_mask", None)
-        # The past was checked before generate began.
-        mask = None if mask is None else mask[:, -width:]
-        if ended is not None and (real := ended.real_columns(input_ids.shape[1], width)) is not None:
-            mask = real if mask is None else mask * real
-        return inputs if mask is None else inputs | {"attention_mask": mask.to(given.device)}
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if (mask := inputs.get("attention_mask")) is not None:
+            # What it says of the past was checked before generate began.
+            given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+            inputs["attention_mask"] = mask[:, -given.shape[1] :]
+        return inputs
 
     # Saving and loading.
 

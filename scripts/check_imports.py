@@ -10,20 +10,20 @@ from pathlib import Path
 
 PACKAGE = "hf_sleep"
 # A module may import only from the groups before its own; members of one group do not see each other.
-ORDER = """version compat files packing | offload | config | ops | layers | cache | state | sleep | decoders | modeling
-    | auto | info | training session pipeline | cli"""
+ORDER = """version compat files packing dtypes | generation offload | config | ops | layers | cache | state | sleep
+    | decoders | modeling | auto lora | info | training session pipeline | cli"""
 ALLOWED: dict[str, set[str]] = {}
 for group in ORDER.split("|"):
     before = set(ALLOWED)
     ALLOWED |= {name: set(before) for name in group.split()}
-for name in ALLOWED.keys() - {"version", "compat", "files", "packing", "offload", "config"}:
+LOWEST = set(ALLOWED["config"])  # what knows nothing of a sleep
+ALLOWED |= {"models": LOWEST | {"config", "ops", "layers"}, "data": set(), "hub": LOWEST | {"config"}}
+for name in ALLOWED.keys() - LOWEST - {"config", "models", "data", "hub"}:
     ALLOWED[name].add("hub")
-for name in ("decoders", "modeling", "auto", "info", "training", "session", "pipeline", "cli"):
+for name in ("decoders", "modeling", "auto", "lora", "info", "training", "session", "pipeline", "cli"):
     ALLOWED[name].add("models")
 for name in ("training", "session", "pipeline", "cli"):
     ALLOWED[name].add("data")
-ALLOWED |= {"models": {"version", "compat", "packing", "config", "ops", "layers"}, "data": set()}
-ALLOWED["hub"] = {"version", "files", "config"}
 EVERYTHING = {"__init__", "__main__"}  # the package's own front doors import what they like
 
 

@@ -1,14 +1,17 @@
 """Tiny random members of every supported base family, and how the tests turn them into sleeping models."""
 
+import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_sleep import SleepConfig
+from hf_sleep.compat import CACHE
 from hf_sleep.layers import FastWeightBlock
 
 VOCAB = 61
@@ -171,6 +174,25 @@ def make_stand_in(family: str, sleep: SleepConfig, dtype: torch.dtype = torch.fl
 def tokens(length: int, seed: int = 1) -> torch.Tensor:
     """`[length]` random token ids, the pad token never among them."""
     return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def answers_to_both_names(model: nn.Module, input_ids: torch.Tensor) -> None:
+    """Check that a stock-shaped model takes and returns its cache as `cache` and as `past_key_values`."""
+    cache, spare = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = model(input_ids, past_key_values=cache)
+    # Before 5.24 transformers passes it by the old name itself, so there nothing warns.
+    assert {warning.category for warning in caught} == ({FutureWarning} if CACHE == "cache" else set())
+    assert out.cache is cache
+    assert out.cache is out["cache"] is out.get("cache") is out.past_key_values is out["past_key_values"]
+    assert "cache" in out
+    assert "past_key_values" in out
+    for found in (model(input_ids, cache=spare), model(input_ids)):
+        assert found.cache.get_seq_length() == input_ids.shape[1]
+    with pytest.raises((ValueError, FutureWarning), match=r"not as both|Both `past_key_values` and `cache`"):
+        model(input_ids, past_key_values=cache, cache=spare)
+    assert spare.get_seq_length() == input_ids.shape[1]
 
 
 @contextmanager

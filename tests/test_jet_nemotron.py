@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from families import answers_to_both_names
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -577,10 +578,106 @@ def test_a_mask_of_ones_moves_nothing(shared, golden, monkeypatch):
             shared(ids, attention_mask=mask)
 
 
+def attended(module: torch.nn.Module, x: torch.Tensor, see) -> torch.Tensor:
+    """Attention token by token: query i sees key j where `see(i, j)`. `[1, T, C]`, float64."""
+    x, (heads, size) = x[0].double(), (UPSTREAM["num_attention_heads"], module.head_dim)
+    angle = torch.arange(len(x)).double()[:, None] / 1e6 ** (torch.arange(0, size, 2).double() / size)
+    q, k, v = (
+        F.linear(x, projection.weight.double(), projection.bias.double()).unflatten(-1, (-1, size)).transpose(0, 1)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+
+    def rotated(z):
+        a, b = z.chunk(2, dim=-1)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
+
+    q, k, v = rotated(q), *(z.repeat_interleave(heads // len(z), dim=0) for z in (rotated(k), v))
+    out = torch.zeros_like(q)
+    for i in range(len(x)):
+        seen = [j for j in range(len(x)) if see(i, j)]
+        weights = (q[:, i : i + 1] @ k[:, seen].mT / size**0.5).softmax(-1)
+        out[:, i] = (weights @ v[:, seen])[:, 0]
+    return F.linear(out.transpose(0, 1).flatten(1), module.o_proj.weight.double())[None]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("tokens", [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 50])
+@torch.no_grad()
+def test_without_a_mask_the_last_token_counts_and_a_sliding_layer_sees_itself(model, golden, tokens, implementation):
+    """The original, under sdpa and without a mask, takes the last token for a pad, and hides a token from itself."""
+    model.set_attn_implementation(implementation)
+    seen = {}
+    for i in (1, 3, 5):
+        attention = model.model.layers[i].self_attn
+        attention.register_forward_hook(lambda module, x, out: seen.update({module: (x[0], out[0])}))
+    model(golden["short.input_ids"][:1, :tokens])
+    assert len(seen) == 3
+    for module, (x, out) in seen.items():
+        window = WINDOW if module.layer_idx in (3, 5) else tokens
+        close(out.double(), attended(module, x, lambda i, j, w=window: 0 <= i - j < w), 1e-5)
+        if tokens > 1:
+            without_last = attended(module, x, lambda i, j: i >= j and (j < tokens - 1 or i == 0))
+            assert (out - without_last)[:, -1].abs().max() > 1e-2
+        if window < tokens:
+            not_itself = attended(module, x, lambda i, j: 1 <= i - j < WINDOW or i == j == 0)
+            assert (out - not_itself)[:, -1].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_a_row_that_ends_early_goes_on_as_it_would_alone(shared, golden, given):
+    """What generate feeds a row after its end is a pad to Jet layers too: the next turn could not take it back."""
+    prompts, question = golden["short.input_ids"][:, :6], golden["short.input_ids"][:1, 30:32]
+    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    said = shared.generate(prompts, max_new_tokens=9, eos_token_id=None, **options).sequences[:, 6:].tolist()
+    end = next(token for i, token in enumerate(said[0]) if 1 < i < 6 and token not in said[0][:i] + said[1])
+    length = 6 + said[0].index(end) + 1
+
+    def second_turn(ids, sequences, cache, mask):
+        ids = torch.cat((sequences, question.expand(len(ids), -1)), dim=1)
+        mask = torch.cat((mask, torch.ones(len(ids), 2, dtype=torch.long)), dim=1)
+        return shared.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=3, output_logits=True, **options)
+
+    # With a pad in front there is a mask from the start.
+    front = torch.zeros(2, int(given), dtype=torch.long)
+    mask = torch.cat((front, torch.ones_like(prompts)), dim=1)
+    both = shared.generate(
+        torch.cat((front, prompts), dim=1), attention_mask=mask, max_new_tokens=9, eos_token_id=end, **options
+    )
+    mask = torch.cat((front, torch.ones(2, 15, dtype=torch.long)), dim=1)
+    mask[0, int(given) + length :] = 0
+    batch = second_turn(prompts, both.sequences, both.cache, mask)
+    one = shared.generate(prompts[:1], max_new_tokens=9, eos_token_id=end, **options)
+    assert one.sequences.shape[1] == length < 14
+    alone = second_turn(prompts[:1], one.sequences, one.cache, torch.ones_like(one.sequences))
+    close(batch.logits[0][:1], alone.logits[0])
+    assert torch.equal(batch.sequences[0, -3:], alone.sequences[0, -3:])
+
+
 def test_stateful_models_are_not_assisted(shared, golden):
     ids = golden["short.input_ids"][:1]
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         shared.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=2, pad_token_id=0)
+
+
+def test_what_would_have_to_take_back_what_was_read_is_refused(shared, golden):
+    ids, config = golden["short.input_ids"][:1], {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "num_hidden_layers": 1, "eos_token_id": None}
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)).eval()
+    with pytest.raises(ValueError, match="JetNemotronForCausalLM cannot be the assistant_model of another model"):
+        target.generate(ids, assistant_model=shared, max_new_tokens=2, pad_token_id=0, do_sample=False)
+    for call in (
+        lambda: shared.generate(ids, cache_implementation="paged", max_new_tokens=2),
+        lambda: shared.generate_batch([[1, 2, 3]], max_new_tokens=2),
+        lambda: shared.init_continuous_batching(),
+    ):
+        with pytest.raises(NotImplementedError, match="paged KV cache, which cannot hold fast weights: use generate"):
+            call()
+
+
+@pytest.mark.parametrize("part", ["model", "causal_lm"])
+def test_the_cache_answers_to_both_names(shared, golden, part):
+    answers_to_both_names(shared.model if part == "model" else shared, golden["short.input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -600,7 +697,7 @@ def test_stateful_models_are_not_assisted(shared, golden):
                 "input_ids": torch.ones(1, 4, dtype=torch.long),
                 "position_ids": torch.tensor([[0, 1, 0, 1]]),
             },
-            "several sequences packed into a row: .* a row of its own, padded",
+            r"several packed samples \(it has position_ids that restart\): .* a row of its own",
         ),
         (
             lambda m: {
@@ -608,7 +705,15 @@ def test_stateful_models_are_not_assisted(shared, golden):
                 "attention_mask": torch.ones(1, 4, dtype=torch.long),
                 "position_ids": torch.tensor([[0, 1, 0, 1]]),
             },
-            "several sequences packed into a row: .* a row of its own, padded",
+            r"several packed samples \(it has position_ids that restart\): .* a row of its own",
+        ),
+        (
+            lambda m: {
+                "input_ids": torch.ones(1, 4, dtype=torch.long),
+                "cu_seq_lens_q": torch.tensor([0, 2, 4]),
+                "cu_seq_lens_k": torch.tensor([0, 2, 4]),
+            },
+            r"several packed samples \(it has cu_seq_lens_q, cu_seq_lens_k\)",
         ),
         (
             lambda m: {

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from families import answers_to_both_names
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -605,6 +606,11 @@ def test_settings_changed_on_a_loaded_model_are_checked():
     lm.config.early_exit_threshold = 90
     with pytest.raises(ValueError, match="early_exit_threshold=90"):
         lm(ids)
+
+
+@pytest.mark.parametrize("part", ["model", "causal_lm"])
+def test_the_cache_answers_to_both_names(model, part):
+    answers_to_both_names(model.model if part == "model" else model, IDS)
 
 
 def test_continuous_batching_is_refused(model):

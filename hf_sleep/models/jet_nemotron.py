@@ -30,10 +30,12 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
+from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
 from ..config import is_whole
+from ..generation import RecurrentGenerationMixin
 from ..layers import Jet
 from ..layers.recurrence import State
+from ..packing import refuse_packed
 from .upstream import UpstreamConfig
 
 LAYER_TYPES = {"jet": "linear_attention", "attn": "full_attention", "swa": "sliding_attention"}
@@ -204,17 +206,6 @@ class RealFirst(NamedTuple):
         return cls(order.unsqueeze(-1), order.argsort(dim=1).unsqueeze(-1), real.sum(dim=1))
 
 
-def are_packed(position_ids: torch.Tensor, attention_mask: Any) -> bool:
-    """Whether positions `[B, T]` do not count up by one between two neighbours that are both real."""
-    breaks = position_ids.diff(dim=-1) != 1
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        real = attention_mask[:, -position_ids.shape[-1] :].bool()
-        breaks = breaks & real[:, 1:] & real[:, :-1]
-    elif attention_mask is not None:
-        return False
-    return bool(breaks.any())
-
-
 class JetNemotronDecoderLayer(GradientCheckpointingLayer):
     """Mixer (Jet or attention) and MLP, each `x + f(norm(x))`."""
 
@@ -342,6 +333,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        refuse_packed(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = x.shape[1]
         if use_cache and cache is None:
@@ -357,11 +349,8 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             else:
                 past = 0 if cache is None else cache.get_seq_length()
                 position_ids = (torch.arange(tokens, device=x.device) + past).unsqueeze(0)
-        elif are_packed(position_ids, attention_mask):
-            raise ValueError(
-                "position_ids do not count up by one, as for several sequences packed into a row: Jet layers would "
-                "remember one in the next. Pass every sequence as a row of its own, padded, with an attention_mask"
-            )
+        elif attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
+            refuse_packed({"position_ids": position_ids}, attention_mask)
         masks = attention_mask
         if not isinstance(masks, dict):
             arguments = {
@@ -393,7 +382,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
-class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
+class JetNemotronForCausalLM(JetNemotronPreTrainedModel, RecurrentGenerationMixin):
     """Jet-Nemotron with its language modelling head, which is tied to the embedding in the published checkpoints."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
