@@ -114,9 +114,13 @@ class Decoder:
         """The empty state of linear-recurrent layer `index`."""
         raise NotImplementedError(f"{type(self).__name__} has no linear-recurrent layers")
 
+    def head_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Final norm, where the passes have not applied it: `[..., C]` to `[..., C]`."""
+        return x if self.norm_every_pass else self.model.norm(x)
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm, where the passes have not applied it, and head: `[..., C]` to `[..., vocab]`."""
-        logits = self.lm.get_output_embeddings()(x if self.norm_every_pass else self.model.norm(x))
+        """Final norm and head: `[..., C]` to `[..., vocab]`."""
+        logits = self.lm.get_output_embeddings()(self.head_input(x))
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .cache import SleepCache
-from .compat import CACHE, CausalLMOutputWithPast, GenerationMixin, takes_cache
+from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
 from .generation import RecurrentGenerationMixin
@@ -106,6 +107,24 @@ class Layout:
         row = max(range(len(self.counts)), key=self.counts.__getitem__)
         counts = [longest if b == row else n for b, n in enumerate(self.counts)]
         return Layout(self.start, counts, max(self.width, self.start[row] + longest))
+
+
+class Headless:
+    """A sleeping model that stops before its head: it reads and sleeps as the model does.
+
+    What `base_model` is, for those who apply the head themselves, as TRL's trainers do from within the model's
+    forward. It calls the class's own forward: theirs has taken the place of the instance's, and hooks have run.
+
+    Args:
+        model: a `SleepForCausalLM`.
+    """
+
+    def __init__(self, model: "SleepForCausalLM"):
+        self.model, self._tp_plan, self._pp_plan = model, model._tp_plan, model._pp_plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """As `SleepForCausalLM.forward` without labels: `last_hidden_state` `[B, T, C]` instead of logits."""
+        return type(self.model).forward(self.model, *args, **kwargs, skip_head=True)
 
 
 class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
@@ -231,6 +250,15 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         """How the base's layers are run."""
         return decoder_for(self.lm)
 
+    @property
+    def base_model(self) -> Headless:
+        """This model without its head. Not the base's decoder, which would read without sleep."""
+        return Headless(self)
+
+    def _get_name(self) -> str:
+        # Trainer's label smoothing knows a causal LM by it, and FSDP2 puts a class of its own before this one.
+        return SleepForCausalLM.__name__
+
     def _sleeper(self) -> Sleeper:
         checkpointing = self.gradient_checkpointing and self.training
         hooks = tuple(self._pass_hooks.values())
@@ -298,8 +326,9 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         position_ids: torch.Tensor | None = None,
+        skip_head: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | BaseModelOutputWithPast | tuple:
         """Read tokens; sleep whenever a window is full and another token comes.
 
         Args:
@@ -316,13 +345,16 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
             sleep_passes: N for the sleeps of this call; by default the config's.
             backprop_windows: truncated backpropagation: a row's gradient is cut behind every so many of its sleeps in
                 this call. By default it is whole, as in the paper.
-            num_items_in_batch: what to divide the summed loss by, as Trainer gives it; by default the number of
-                targets.
+            num_items_in_batch: what to divide the summed loss by, as Trainer counts it: the labels of all rows that
+                share an optimizer step, but for their first column. Of those that nothing predicts, at a left-padded
+                row's first token, the share is taken out that they have here. By default the number of targets.
             output_attentions: refused.
             output_hidden_states: refused.
             return_dict: `False` for a tuple.
             position_ids: `[B, T]` or `[1, T]`, counting up over a row's tokens; a model that sleeps numbers them
                 itself, so this is only checked.
+            skip_head: return a `BaseModelOutputWithPast` with `last_hidden_state` `[B, T or logits_to_keep, C]`, which
+                the output embeddings turn into logits (where the base caps them, before its cap).
             kwargs: what stock models take and ignore (`token_type_ids`, `cache_position`), and what they take for
                 packed samples, which is refused.
 
@@ -353,6 +385,8 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
             raise ValueError(
                 f"backprop_windows={backprop_windows!r}: it must be an integer of at least 1, or None for all windows"
             )
+        if skip_head and labels is not None:
+            raise ValueError("skip_head=True with labels: a loss needs the head. Leave one of them out")
         sleeper = self._sleeper()
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
         if held.is_empty:
@@ -383,11 +417,14 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         if lean is not None:
             loss = self._loss_of_pieces(pieces, lean, embeds)
         else:
-            logits = self._logits_of_pieces(pieces, layout, made, embeds)
+            logits = self._logits_of_pieces(pieces, layout, made, embeds, skip_head)
             loss = None if targets is None else _summed_cross_entropy(logits, targets)
             logits = (logits[:, :columns] if in_step else logits)[:, -keep:]
-        if loss is not None and targets is not None:
-            count = (targets != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        if loss is not None and targets is not None and labels is not None:
+            count = (targets != -100).sum()
+            if num_items_in_batch is not None:
+                surplus = (labels[:, 1:] != -100).sum() - count
+                count = _without_surplus(torch.as_tensor(num_items_in_batch).to(count.device), count, surplus)
             # Where there is nothing to predict the loss is 0, not 0 / 0.
             loss = loss / count.to(loss.device).clamp(min=1)
 
@@ -395,7 +432,10 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         if cache is not None:
             cache.assign(held)
             held = cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: held if use_cache else None})
+        past = {CACHE: held if use_cache else None}
+        output: Any = CausalLMOutputWithPast(loss=loss, logits=logits, **past)
+        if skip_head:
+            output = BaseModelOutputWithPast(last_hidden_state=logits, **past)
         return output.to_tuple() if return_dict is False else output
 
     def _caches_by_default(self) -> bool:
@@ -433,16 +473,17 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
     # Logits and loss.
 
     def _logits_of_pieces(
-        self, pieces: Iterator[Piece], layout: Layout, keep: int, embeds: torch.Tensor
+        self, pieces: Iterator[Piece], layout: Layout, keep: int, embeds: torch.Tensor, skip_head: bool = False
     ) -> torch.Tensor:
-        """`[B, keep, vocab]` in the caller's columns, zeros at pads."""
+        """`[B, keep, vocab]` in the caller's columns, zeros at pads; with `skip_head` what the head takes."""
+        head = self.decoder.head_input if skip_head else self.decoder.logits
         parts = [piece for piece in pieces if piece.hidden is not None]
         batch = len(layout.counts)
         first = layout.width - keep
         whole = all(len(p.rows) == batch and len(set(p.start)) == len(set(p.counts)) == 1 for p in parts)
         if parts and whole and not any(layout.start) and set(layout.counts) == {layout.width}:
             windows: Any = [p.hidden for p in parts]
-            return self.decoder.logits(torch.cat(windows, dim=1)[:, -keep:])
+            return head(torch.cat(windows, dim=1)[:, -keep:])
         # Out of place, so that an eval-mode loss still has its gradient.
         rows, columns, tokens = [], [], []
         for piece in parts:
@@ -453,12 +494,12 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
                 rows.append(torch.full_like(column, b))
                 columns.append(column)
                 tokens.append(hidden[i, low:count])
-        vocab = self.config.text_config.vocab_size
+        size = embeds.shape[-1] if skip_head else self.config.text_config.vocab_size
         if not tokens:
-            return embeds.new_zeros(batch, keep, vocab)
-        logits = self.decoder.logits(torch.cat(tokens))
+            return embeds.new_zeros(batch, keep, size)
+        logits = head(torch.cat(tokens))
         index = (torch.cat(rows).to(logits.device), torch.cat(columns).to(logits.device))
-        return logits.new_zeros(batch, keep, vocab).index_put(index, logits)
+        return logits.new_zeros(batch, keep, size).index_put(index, logits)
 
     def _loss_of_pieces(self, pieces: Iterator[Piece], targets: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy, window by window: logits are made only where there is a target, and not kept."""
@@ -865,6 +906,28 @@ def _largest_of_ranks(number: int, device: torch.device) -> int:
     return int(largest)
 
 
+def _without_surplus(given: torch.Tensor, count: torch.Tensor, surplus: torch.Tensor) -> torch.Tensor:
+    """How many targets a step has, of which Trainer says that it has `given`.
+
+    Args:
+        given: labels of the whole step, with those that nothing predicts.
+        count: targets of this call.
+        surplus: labels of this call that Trainer counted and nothing predicts.
+    """
+    if not count or not surplus:
+        return given
+    if bool((given == count + surplus).all()):
+        return count
+    logger.warning_once(
+        f"num_items_in_batch counts {int(surplus)} labels of this call that nothing predicts, those of the first "
+        "token of rows that are padded on the left, and how many there are in the step's other batches cannot be "
+        "known here: their share is taken for the same, so the loss is off where it is not. Pad on the right "
+        "(tokenizer.padding_side = 'right'), or use hf_sleep.training.SleepCollator or SleepTrainer, which are "
+        "exact"
+    )
+    return given * (count / (count + surplus))
+
+
 def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Of logits `[..., vocab]`, in fp32 at least; targets of -100 do not count."""
     high = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -952,3 +1015,5 @@ def _load_weights(source: Any, hub: dict) -> dict[str, torch.Tensor]:
 
 AutoConfig.register("sleep_lm", SleepLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(SleepLMConfig, SleepForCausalLM, exist_ok=True)
+# Trainer's label smoothing shifts the labels of the classes that are named here; `register` names none.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SleepLMConfig.model_type] = SleepForCausalLM.__name__

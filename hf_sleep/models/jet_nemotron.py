@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -441,3 +442,5 @@ configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(LAYER_TYPES)
 AutoConfig.register("jet_nemotron", JetNemotronConfig, exist_ok=True)
 AutoModel.register(JetNemotronConfig, JetNemotronModel, exist_ok=True)
 AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM, exist_ok=True)
+# Trainer's label smoothing shifts the labels of the classes that are named here; `register` names none.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[JetNemotronConfig.model_type] = JetNemotronForCausalLM.__name__

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, Dyn
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -460,3 +461,5 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
 AutoConfig.register(OuroConfig.model_type, OuroConfig, exist_ok=True)
 AutoModel.register(OuroConfig, OuroModel, exist_ok=True)
 AutoModelForCausalLM.register(OuroConfig, OuroForCausalLM, exist_ok=True)
+# Trainer's label smoothing shifts the labels of the classes that are named here; `register` names none.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OuroConfig.model_type] = OuroForCausalLM.__name__

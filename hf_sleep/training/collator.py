@@ -65,6 +65,12 @@ class SleepCollator:
         if "labels" not in rows[0]:
             del batch["labels"]
             return batch
-        real = batch["attention_mask"] != 0
-        batch["labels"][~real | (real.cumsum(1) == 1)] = IGNORED
-        return batch
+        return without_unpredicted(batch)
+
+
+def without_unpredicted(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose labels that nothing predicts, at pads and at a row's first token, are -100: none is to count."""
+    if "labels" not in batch or batch.get("attention_mask") is None:
+        return dict(batch)
+    real = batch["attention_mask"] != 0
+    return {**batch, "labels": batch["labels"].masked_fill(~real | (real.cumsum(1) == 1), IGNORED)}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from ..hub import write_model_card, write_remote_code
 from ..modeling import SleepForCausalLM
 from ..packing import refuse_packed
 from .callbacks import DuringStep, SleepRecord, TokensPerSecond, sleep_settings
-from .collator import IGNORED, SleepCollator
+from .collator import IGNORED, SleepCollator, without_unpredicted
 from .evaluation import accuracy_by_difficulty
 from .optimizer import MuonAdamW, check_signature, parameter_groups
 
@@ -192,6 +192,10 @@ class SleepTrainer(Trainer):
         finally:
             self.args.lr_scheduler_kwargs = given or None
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        # Before they are counted, whatever the collator.
+        return super().get_batch_samples(map(without_unpredicted, epoch_iterator), num_batches, device)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -287,6 +291,9 @@ class SleepTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = own
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, without_unpredicted(inputs), *args, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         # In order, whatever the training strategy: predictions are matched with rows by their place.
