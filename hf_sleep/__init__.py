@@ -3,6 +3,7 @@
 from .auto import AutoModelForSleepLM
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
+from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
 from .models import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
 from .state import SleepState
@@ -20,4 +21,5 @@ __all__ = [
     "SleepLMConfig",
     "SleepState",
     "__version__",
+    "sleep_lora_config",
 ]

@@ -919,11 +919,10 @@ def _without_surplus(given: torch.Tensor, count: torch.Tensor, surplus: torch.Te
     if bool((given == count + surplus).all()):
         return count
     logger.warning_once(
-        f"num_items_in_batch counts {int(surplus)} labels of this call that nothing predicts, those of the first "
-        "token of rows that are padded on the left, and how many there are in the step's other batches cannot be "
-        "known here: their share is taken for the same, so the loss is off where it is not. Pad on the right "
-        "(tokenizer.padding_side = 'right'), or use hf_sleep.training.SleepCollator or SleepTrainer, which are "
-        "exact"
+        "num_items_in_batch counts labels that nothing predicts, those of the first token of rows that are padded on "
+        "the left, and how many there are in the step's other batches cannot be known here: their share is taken for "
+        "this one's, and where it differs the loss is a little off. To be exact pad on the right "
+        "(tokenizer.padding_side = 'right'), or use hf_sleep.training.SleepCollator or SleepTrainer"
     )
     return given * (count / (count + surplus))
 
