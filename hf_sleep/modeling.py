@@ -17,6 +17,7 @@ from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -173,6 +174,7 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         self.gradient_checkpointing = False
         self._pass_hooks: dict[int, PassHook] = OrderedDict()
         self._may_be_untrained, self._is_fresh = True, lm is not None
+        self._may_be_stuck = True
         if lm is None:
             self.post_init()
 
@@ -369,6 +371,7 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
 
         Source: Lee et al. 2026, Alg. 1.
         """
+        self._check_whole()
         self._check_keywords(kwargs)
         passes = self._check_passes(sleep_passes)
         if output_attentions or output_hidden_states:
@@ -396,6 +399,7 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         in_step = cache is None and not use_cache and self._is_sharded()
         if not in_step:
             self._warn_if_untrained(held, layout, passes)
+        self._warn_if_stuck(held, layout)
 
         targets = None if labels is None else _next_labels(labels, layout)
         keep = min(logits_to_keep or layout.width, layout.width)
@@ -528,6 +532,14 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
 
     # Checks: all of them before anything changes.
 
+    def _check_whole(self) -> None:
+        if hasattr(next(self.parameters()), "ds_id"):
+            raise ValueError(
+                "DeepSpeed ZeRO-3 gathers a module's weights where all ranks call it, and ranks whose rows have other "
+                "numbers of windows would wait for each other for ever. Use FSDP2 (recipes/accelerate/fsdp2.yaml), "
+                "where they agree on the number, or ZeRO-2"
+            )
+
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
             if name in SAYING_NOTHING:
@@ -637,8 +649,7 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
             self._is_fresh = False
         if not self._may_be_untrained or self.training:
             return
-        size = self.config.sleep.window_size
-        if all(row.fill + n <= size for row, n in zip(cache.rows, layout.counts, strict=True)):
+        if not self._will_sleep(cache, layout):
             return
         self._may_be_untrained = False
         if self.fast_weights and not all(block.is_untrained for block in self.fast_weights.values()):
@@ -655,6 +666,29 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         if self.config.sleep.eviction == "sliding" and passes > 1:
             advice += " Until then slide with sleep_passes=1, too: KV of a second pass is noise to it."
         logger.warning_once(f"This model was given {what}{advice}")
+
+    def _warn_if_stuck(self, cache: SleepCache, layout: Layout) -> None:
+        """Once, when training is about to sleep with blocks whose output projection is zero and stays so."""
+        if not self._may_be_stuck or not self.training or not torch.is_grad_enabled():
+            return
+        if not self._will_sleep(cache, layout):
+            return
+        self._may_be_stuck = False
+        outputs: dict[str, list[torch.Tensor]] = {}
+        for name, parameter in self.fast_weights.named_parameters():
+            if ".o_proj." in name:  # an adapter's, too
+                outputs.setdefault(name.partition(".")[0], []).append(parameter)
+        stuck = [block for block, ps in outputs.items() if not any(p.requires_grad or not _is_zero(p) for p in ps)]
+        if stuck and any(parameter.requires_grad for parameter in self.parameters()):
+            logger.warning_once(
+                f"The fast-weight blocks {', '.join(stuck)} cannot learn: their output projections are zero and "
+                "frozen, so they add nothing, and no gradient passes them. Train the blocks in full: with PEFT by "
+                "hf_sleep.sleep_lora_config(model), else by requires_grad_(True) on model.fast_weights."
+            )
+
+    def _will_sleep(self, cache: SleepCache, layout: Layout) -> bool:
+        size = self.config.sleep.window_size
+        return any(row.fill + n > size for row, n in zip(cache.rows, layout.counts, strict=True))
 
     # Generation.
 
@@ -904,6 +938,12 @@ def _largest_of_ranks(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def _is_zero(parameter: torch.Tensor) -> bool:
+    """Whether it is known to be; of a sharded one, this rank's part, as not all ranks may ask."""
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return not here.is_meta and here.numel() > 0 and not bool(here.any())
 
 
 def _without_surplus(given: torch.Tensor, count: torch.Tensor, surplus: torch.Tensor) -> torch.Tensor:

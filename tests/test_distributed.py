@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed_run import DDP, FSDP, run
+from families import make_model, sleep_config, tokens
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -30,6 +31,7 @@ FLOAT32_PARTS = ("qwen3_5", "qwen3_next")
 ROUGH = 1e-4
 BF16 = {"loss": 1e-3, "grad_norm": 1e-2}
 TIMEOUT = 300
+IDS = tokens(20)[None]
 
 
 def launch(command, folder):
@@ -204,6 +206,16 @@ def test_accelerate_reads_the_configs(name, kind, processes):
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     if name == "zero2":
         assert config.deepspeed_config["zero_stage"] == 2
+
+
+@pytest.mark.parametrize("call", [lambda model: model(IDS), lambda model: model.generate(IDS, max_new_tokens=2)])
+def test_zero_3_is_refused_before_ranks_can_wait_for_each_other(call):
+    """DeepSpeed is not in the tests: it marks every parameter that ZeRO-3 has partitioned with a `ds_id`."""
+    model = make_model("llama", sleep_config("llama"))
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 .* Use FSDP2"):
+        call(model)
 
 
 def test_muon_is_refused_where_deepspeed_flattens(tmp_path, monkeypatch):

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import make_base, make_model, randomize, sleep_config, tokens
+from families import FAMILIES, make_base, make_model, randomize, sleep_config, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_laws import assert_close
 from test_saving import assert_same_weights
 from transformers import Trainer, TrainingArguments
 
-from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState
+from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState, sleep_lora_config
 
 L = 6
 IDS = tokens(3 * L + 2)[None]
@@ -183,6 +183,77 @@ def test_an_adapter_with_untrained_blocks_still_warns(monkeypatch):
         model(input_ids=IDS)
         assert [block.is_untrained for block in model.get_base_model().fast_weights.values()] == [not trained] * 2
         assert len(warnings) is int(not trained)
+
+
+STUCK = "The fast-weight blocks 0, 2 cannot learn"
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"], "modules_to_save": None}, True),  # of the blocks too
+        ({"modules_to_save": None}, True),
+        ({"target_modules": ["q_proj", "o_proj"], "modules_to_save": None}, False),  # an adapter at the zero moves it
+        ({"target_modules": ["q_proj"], "modules_to_save": ["mixer"]}, False),
+        ({}, False),
+    ],
+)
+def test_training_warns_once_of_blocks_that_cannot_learn(fields, warned, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_sleep.modeling.logger.warning_once", warnings.append)
+    model = get_peft_model(fresh(trained=False), lora(fresh(), [], **fields)).train()
+    model(input_ids=IDS[:, :L], labels=IDS[:, :L])
+    assert not warnings  # it has not slept
+    steps(model, 3)
+    assert [STUCK in warning for warning in warnings] == [True] * warned
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    blocks = [p.grad for name, p in model.named_parameters() if "fast_weights" in name and p.grad is not None]
+    assert any(gradient.any() for gradient in blocks) is not warned
+
+
+def test_blocks_that_are_frozen_and_add_something_are_no_mistake(monkeypatch):
+    """Nor is a model of which nothing is trained, nor one that is not being trained."""
+    warnings = []
+    monkeypatch.setattr("hf_sleep.modeling.logger.warning_once", warnings.append)
+    only_base = lora(fresh(), [], modules_to_save=None)
+    steps(get_peft_model(fresh(trained=True), only_base).train(), 1)
+    fresh(trained=False).requires_grad_(False).train()(IDS)
+    with torch.no_grad():
+        get_peft_model(fresh(trained=False), only_base).train()(input_ids=IDS)
+    assert not warnings
+    one = fresh(trained=True).train()
+    one.fast_weights["2"].mixer.o_proj.requires_grad_(False).weight.zero_()
+    steps(one, 2)
+    assert len(warnings) == 1
+    assert "The fast-weight blocks 2 cannot learn" in warnings[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lora_config_trains_blocks_in_full_and_every_projection_of_the_base(family):
+    torch.manual_seed(0)
+    model = fresh(family)
+    blocks = {name for name, _ in model.named_parameters() if name.startswith("fast_weights.")}
+    config = sleep_lora_config(model, r=2, lora_dropout=0.0, modules_to_save=["embed_tokens"], init_lora_weights=False)
+    assert (config.r, config.lora_alpha) == (2, 4)
+    model = get_peft_model(model, config).train()
+    steps(model, 1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    in_full = {name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in learns}
+    assert blocks < in_full
+    assert any("embed_tokens" in name for name in in_full)
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in learns if ".lora_" in name}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= adapted
+    assert all(name.endswith("_proj") for name in adapted)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+
+
+def test_the_lora_config_is_for_a_sleeping_model():
+    with pytest.raises(TypeError, match="needs a SleepForCausalLM before PEFT wraps it, not LlamaForCausalLM"):
+        sleep_lora_config(make_base("llama"))
 
 
 def test_checkpointing_is_invisible_to_an_adapter():
