@@ -1,13 +1,14 @@
 """How often is a checkpoint right, by difficulty, N and L? Any base or sleep checkpoint, any task of hf_sleep.data.
 
-python recipes/evaluate.py runs/finetune_gsm/model gsm_infinite --task-settings '{"ops": [1, 4], "tokens": [0, 0]}'
+python recipes/evaluate.py runs/finetune_gsm/model gsm_infinite --task-settings '{"ops": [1, 8]}'
 python recipes/evaluate.py runs/khop/N2-seed0 khop --sleep-passes 1 2 3 --window-size 8 16
 accelerate launch recipes/evaluate.py Qwen/Qwen3-0.6B gsm_infinite --problems 1600 --window-size 2000 4000 --bf16
 
 A base is given new blocks, which add nothing: it is the base with its window cut. Put more tokens in --window-size than
 a row has, and it is the base itself. GSM-Infinite is generated greedily and must match to the end of the text, which
 a base that was not trained on it seldom ends; beside it stands what the last window alone tells, without a memory. The
-other tasks are teacher-forced. All N and L read the same rows.
+other tasks are teacher-forced. All N and L read the same rows. A checkpoint of a recipe carries its task's settings
+(task.json), which are used where none are given; what differs is said.
 Writes config.json, metrics.jsonl, results.json and accuracy.png.
 """
 
@@ -22,12 +23,14 @@ from typing import Any
 import torch
 from run_folder import RunFolder
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import cached_file
 
 from hf_sleep import AutoModelForSleepLM, SleepLMConfig
 from hf_sleep.data import Depo, GSMInfinite, KHop, Rule110
 from hf_sleep.data.task import IGNORED, Row, Task
 from hf_sleep.files import write_file
 from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
+from hf_sleep.training.trainer import TASK_FILE
 
 TASKS = {"gsm_infinite": GSMInfinite, "rule110": Rule110, "depo": Depo, "khop": KHop}
 Score = dict[str, Any]
@@ -38,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help="Hub id or folder, of a base or of a model that sleeps")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument(
-        "--task-settings", type=json.loads, default={}, help="the task's fields as JSON, as it was trained on"
+        "--task-settings", type=json.loads, default={}, help="the task's fields as JSON (default: the checkpoint's)"
     )
     parser.add_argument("--sleep-passes", type=int, nargs="+", help="each N (default: the checkpoint's)")
     parser.add_argument(
@@ -62,6 +65,30 @@ def make_task(name: str, settings: dict[str, Any], model: str, window_size: int 
         settings["tokenizer"] = AutoTokenizer.from_pretrained(model)
         settings |= {} if window_size is None else {"window_size": window_size}
     return TASKS[name](**settings)
+
+
+def trained_on(model: str) -> dict[str, Any]:
+    """The task that a checkpoint of SleepTrainer carries: its class's name and its fields; empty where it has none."""
+    missing = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    file = cached_file(model, TASK_FILE, **missing)
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def with_trained_settings(name: str, given: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """The settings to evaluate with: the checkpoint's, and those given instead; prints where they differ."""
+    kind = TASKS[name].__name__
+    if not trained:
+        return given
+    if trained["task"] != kind:
+        print(f"the checkpoint was trained on {trained['task']}, and is evaluated on {kind}")
+        return given
+    settings = {key: value for key, value in trained.items() if key != "task"}
+    for key in given.keys() & settings.keys():
+        if given[key] != settings[key]:
+            print(f"the checkpoint was trained with {key}={settings[key]}, and is evaluated with {given[key]}")
+    return settings | given
 
 
 def generation_rows(rows: Sequence[Row], window_size: int) -> list[Row]:
@@ -148,13 +175,20 @@ def main(arguments: list[str] | None = None) -> list[Score]:
     options = parse_arguments(arguments)
     config = AutoConfig.from_pretrained(options.model)
     given = options.window_size or ([config.sleep.window_size] if isinstance(config, SleepLMConfig) else [])
-    task = make_task(options.task, options.task_settings, options.model, min(given, default=None))
+    settings = with_trained_settings(options.task, options.task_settings, trained_on(options.model))
+    task = make_task(options.task, settings, options.model, min(given, default=None))
+    vocabulary = config.get_text_config().vocab_size
+    if task.vocab_size > vocabulary:
+        raise SystemExit(
+            f"{task} has {task.vocab_size} tokens, and {options.model} knows {vocabulary}: give the --task-settings "
+            "that it was trained with"
+        )
     run = RunFolder(options.output, vars(options))
     sizes = given or [task.window_size]
     model = AutoModelForSleepLM.from_pretrained(
         options.model, sleep={"window_size": max(sizes)}, dtype="bfloat16" if options.bf16 else "float32"
     )
-    settings = SleepTrainingArguments(
+    evaluation = SleepTrainingArguments(
         output_dir=str(run.path),
         per_device_eval_batch_size=options.batch_size,
         use_cpu=not torch.accelerator.is_available(),
@@ -163,7 +197,7 @@ def main(arguments: list[str] | None = None) -> list[Score]:
         disable_tqdm=True,
     )
     rows = task.dataset(options.problems, seed=options.seed, split="test")
-    trainer = SleepTrainer(model, settings, eval_dataset=rows, task=task, callbacks=[run])
+    trainer = SleepTrainer(model, evaluation, eval_dataset=rows, task=task, callbacks=[run])
     generates = options.task == "gsm_infinite"
     scores, lines = [], {}
     for size in sizes:

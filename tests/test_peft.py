@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
+import transformers.integrations.peft
 from families import FAMILIES, make_base, make_model, randomize, sleep_config, tokens
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_laws import assert_close
 from test_saving import assert_same_weights
@@ -14,6 +17,8 @@ from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepSta
 
 L = 6
 IDS = tokens(3 * L + 2)[None]
+# The loss of this random base is rough: after eight steps it is 0.88 to 0.96 of the first, as the processor rounds.
+STEPS = {"qwen3_next": 40}
 PROJECTIONS = r"lm\..*_proj"
 # What carries fast weights besides the injected blocks.
 OWN_LAYERS = {
@@ -71,7 +76,7 @@ def tuned(request, tmp_path_factory):
     model = get_peft_model(AutoModelForSleepLM.from_pretrained(folder / "retrofit"), lora(before, own))
     start = model.eval()(input_ids=IDS).logits
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    losses = steps(model.train(), 8)
+    losses = steps(model.train(), STEPS.get(family, 8))
     model.eval().save_pretrained(folder / "adapter")
     with torch.no_grad():
         logits = model(input_ids=IDS).logits
@@ -338,7 +343,15 @@ def test_a_model_that_carries_adapters_is_not_saved_as_a_checkpoint(tmp_path):
     assert_same_weights(SleepForCausalLM.from_pretrained(tmp_path / "model"), fresh())
 
 
+NEEDS_PEFT = Version(transformers.integrations.peft.MIN_PEFT_VERSION)
+HAS_PEFT = Version(peft.__version__)
+
+
 def test_an_adapter_that_transformers_adds_is_saved_and_loaded(tmp_path):
+    if HAS_PEFT < NEEDS_PEFT:  # which may not be published yet: then it is transformers that says so
+        with pytest.raises(ValueError, match=rf"please use a version >= {NEEDS_PEFT}"):
+            fresh().add_adapter(lora(fresh(), []))
+        return
     torch.manual_seed(0)
     model = fresh()
     model.add_adapter(lora(model, [], init_lora_weights=False))

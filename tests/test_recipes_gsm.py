@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import make_base
+from families import make_base, make_model, sleep_config
 from safetensors.torch import load_file
 from test_hub import hub  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM
 from hf_sleep.data import GSMInfinite, KHop
 from hf_sleep.sleep import Sleeper
-from hf_sleep.training import GenerationEvaluation
+from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--window-size", "40", "--ops", "1", "2", "--steps", "2", "--batch-size", "4", "--eval-problems", "8"]
@@ -285,6 +285,32 @@ def test_a_trained_checkpoint_is_evaluated_at_every_n_and_l(recipe, tmp_path):
     assert accuracy[10, 3, 3] > accuracy[10, 1, 3] + 0.2
     assert accuracy[10, 3, 3] > accuracy[7, 3, 3] + 0.2
     assert (tmp_path / "accuracy.png").stat().st_size > 5_000
+
+
+def test_a_checkpoint_carries_its_task(recipe, tmp_path, capsys):
+    task = KHop(num_nodes=5, hops=(1, 2), num_queries=3)
+    model = make_model("llama", sleep_config("llama", window_size=task.window_size, sleep_passes=2))
+    arguments = SleepTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    SleepTrainer(model, arguments, task=task).save_model(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "task.json").read_text()) == {
+        "task": "KHop", "num_nodes": 5, "hops": [1, 2], "num_queries": 3, "windows": 1, "cycles": 1
+    }  # fmt: skip
+
+    def evaluate(to, *options):
+        return recipe("evaluate").main(
+            [str(tmp_path / "model"), *options, "--problems", "4", "--output", str(tmp_path / to)]
+        )
+
+    scores = evaluate("same", "khop")
+    asked = Counter(k for row in task.dataset(4, seed=1, split="test") for k, _ in task.answers(row))
+    assert [(score["difficulty"], score["n"]) for score in scores] == sorted(asked.items())
+    assert "the checkpoint was trained" not in capsys.readouterr().out
+    assert {score["difficulty"] for score in evaluate("other", "khop", "--task-settings", '{"hops": [1]}')} == {1}
+    assert "trained with hops=[1, 2], and is evaluated with [1]" in capsys.readouterr().out
+    evaluate("another", "rule110")
+    assert "trained on KHop, and is evaluated on Rule110" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"KHop\(num_nodes=80.* knows 61: give the --task-settings"):
+        evaluate("more", "khop", "--task-settings", '{"num_nodes": 80}')
 
 
 def test_a_base_with_room_for_everything_is_the_base(recipe, base, tokenizer, tmp_path):

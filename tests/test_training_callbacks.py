@@ -563,6 +563,28 @@ def test_generated_answers_by_difficulty_and_n(tmp_path):
     assert model.config.sleep.sleep_passes == 2
 
 
+def test_rows_without_a_difficulty_have_one_mean(tmp_path):
+    model, rows = tiny(), []
+    for i, length in enumerate((5, 17, 11)):
+        answer = model.generate(tokens(length, seed=i)[None], max_new_tokens=2)[0, length:].tolist()
+        answer[-1] = (answer[-1] + (i == 1)) % 61
+        rows.append({"prompt_ids": tokens(length, seed=i).tolist(), "labels": answer})
+    trainer = trainer_of(tmp_path, model, eval_dataset=TASK.dataset(4))
+    trainer.add_callback(GenerationEvaluation(trainer, rows, (2,)))
+    metrics = trainer.evaluate()
+    made = {name: value for name, value in metrics.items() if "generate" in name}
+    assert made == {"eval_generate_accuracy_passes_2": pytest.approx(2 / 3)}
+    for some in ([rows[0], rows[1] | {"difficulty": 1}], []):
+        with pytest.raises(ValueError, match=rf"of the {len(some)} rows {len(some) // 2} have a difficulty"):
+            GenerationEvaluation(trainer, some, (2,))
+
+
+def test_callbacks_that_log_ask_for_the_trainer():
+    for make in (SleepMonitor, lambda: SleepMonitor(tiny()), lambda: GenerationEvaluation(None, [], (1,))):
+        with pytest.raises(TypeError, match=r"needs the trainer whose log reports it.*trainer\.add_callback\("):
+            make()
+
+
 def test_a_row_may_bring_its_prompt(tmp_path):
     model = tiny()
     answer = model.generate(tokens(9)[None], max_new_tokens=3)[0, 9:].tolist()

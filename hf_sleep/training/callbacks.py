@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..cache import SleepCache
 from ..ops import gate_hook
 from .collator import IGNORED
+from .evaluation import check_trainer
 
 
 class DuringStep(TrainerCallback, ExportableState):
@@ -282,11 +283,14 @@ class SleepMonitor(TrainerCallback):
         every: measure at every so many of the Trainer's logging steps.
         rows: of the batch, at most.
 
+    Raises:
+        TypeError: without a trainer.
+
     Source: effective rank, Roy & Vetterli 2007; α and β, Lee et al. 2026 (arXiv 2605.26099), §2.
     """
 
-    def __init__(self, trainer: Trainer, every: int = 10, rows: int = 4):
-        self.trainer, self.every, self.rows = trainer, every, rows
+    def __init__(self, trainer: Trainer | None = None, every: int = 10, rows: int = 4):
+        self.trainer, self.every, self.rows = check_trainer(self, trainer), every, rows
         self._logs = 0
         self._batch: dict[str, Any] = {}
         self._squares: dict[int, torch.Tensor] = {}

@@ -53,18 +53,20 @@ class GenerationEvaluation(TrainerCallback):
     """After each evaluation, lets the model generate answers and reports exact matches by difficulty and by N.
 
     `eval_generate_accuracy_{difficulty}_passes_{N}`, and without the difficulty their mean over difficulties, are added
-    to the evaluation's metrics and logged. Greedy; an answer counts when all of its tokens are right. Every rank
-    generates every answer.
+    to the evaluation's metrics and logged; of rows that have no difficulty, their mean alone. Greedy; an answer counts
+    when all of its tokens are right. Every rank generates every answer.
 
     Args:
         trainer: whose `log` reports it.
-        rows: with `difficulty`, `labels`, and `input_ids` or `prompt_ids`. The prompt is `prompt_ids`, or the tokens
-            before the first label; the answer is the labels.
+        rows: with `labels`, `input_ids` or `prompt_ids`, and, all or none, `difficulty`. The prompt is `prompt_ids`, or
+            the tokens before the first label; the answer is the labels.
         sleep_passes: each N to generate with.
         batch_size: rows that are generated at once, padded on the left.
 
     Raises:
-        ValueError: a row without an answer, or whose labels are no text that follows the prompt.
+        TypeError: without a trainer.
+        ValueError: a row without an answer, or whose labels are no text that follows the prompt; no rows, or some with
+            a difficulty and some without.
 
     Source: Lee et al. 2026 (arXiv 2605.26099), exact match on GSM-Infinite.
     """
@@ -72,8 +74,13 @@ class GenerationEvaluation(TrainerCallback):
     def __init__(
         self, trainer: Trainer, rows: Sequence[Mapping[str, Any]], sleep_passes: tuple[int, ...], batch_size: int = 8
     ):
-        self.trainer, self.sleep_passes, self.batch_size = trainer, sleep_passes, batch_size
-        self.rows = [(row["difficulty"], *prompt_and_answer(row)) for row in rows]
+        self.trainer, self.sleep_passes, self.batch_size = check_trainer(self, trainer), sleep_passes, batch_size
+        if len({"difficulty" in row for row in rows}) != 1:
+            raise ValueError(
+                f"GenerationEvaluation: of the {len(rows)} rows {sum('difficulty' in row for row in rows)} have a "
+                "difficulty: give at least one row, and all of them one or none"
+            )
+        self.rows = [(row.get("difficulty"), *prompt_and_answer(row)) for row in rows]
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
@@ -86,7 +93,8 @@ class GenerationEvaluation(TrainerCallback):
                 for (difficulty, _, answer), said in zip(rows, self._generate(model, rows, passes), strict=True):
                     right[difficulty].append(said[: len(answer)] == answer)
             scores = {difficulty: sum(hits) / len(hits) for difficulty, hits in sorted(right.items())}
-            mine |= {f"eval_generate_accuracy_{level}_passes_{passes}": score for level, score in scores.items()}
+            levels = {level: score for level, score in scores.items() if level is not None}
+            mine |= {f"eval_generate_accuracy_{level}_passes_{passes}": score for level, score in levels.items()}
             mine[f"eval_generate_accuracy_passes_{passes}"] = sum(scores.values()) / len(scores)
         metrics.update(mine)
         self.trainer.log(mine)
@@ -104,6 +112,17 @@ class GenerationEvaluation(TrainerCallback):
         finally:
             model.generation_config = own
         return ids[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
+    """`trainer`, or a `TypeError` that says how a callback that logs is added."""
+    if not isinstance(trainer, Trainer):
+        name = type(callback).__name__
+        raise TypeError(
+            f"{name} needs the trainer whose log reports it, not {type(trainer).__name__}: make the trainer first, "
+            f"then trainer.add_callback({name}(trainer, ...))"
+        )
+    return trainer
 
 
 def prompt_and_answer(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -1,5 +1,6 @@
 """`SleepTrainer`: the Trainer with Muon and AdamW, accuracy by difficulty, and checks before anything is changed."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,14 @@ from typing import Any
 import datasets
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import ProgressCallback, SchedulerType, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    SchedulerType,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
@@ -28,6 +36,7 @@ from .optimizer import MuonAdamW, check_signature, parameter_groups
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 DECAY_SHARE = 0.1
 CHECKED_ROWS = 64
+TASK_FILE = "task.json"
 
 
 @dataclass
@@ -86,7 +95,8 @@ class SleepTrainer(Trainer):
     `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
     counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
     stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
-    `compute_metrics` of its own, evaluation is the Trainer's. What it pushes to the Hub is complete, with the model's
+    `compute_metrics` of its own, evaluation is the Trainer's. The task's settings are saved beside the model, in
+    task.json. What it pushes to the Hub is complete, with the model's
     own card.
 
     Args:
@@ -209,6 +219,12 @@ class SleepTrainer(Trainer):
     def _during_step(self) -> list[DuringStep]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, DuringStep)]
 
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        if self.task is not None and self.args.should_save:
+            file = Path(output_dir or self.args.output_dir) / TASK_FILE
+            file.write_text(json.dumps(task_settings(self.task), indent=1) + "\n", encoding="utf-8")
+
     # The Hub.
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -298,6 +314,14 @@ class SleepTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         # In order, whatever the training strategy: predictions are matched with rows by their place.
         return None
+
+
+def task_settings(task: Task) -> dict[str, Any]:
+    """The class and the fields of a task, as JSON has them; without a tokenizer, which is saved beside the model."""
+    kind: Any = type(task)
+    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(kind) if f.init}
+    plain = {name: v for name, v in fields.items() if not isinstance(v, PreTrainedTokenizerBase)}
+    return {"task": type(task).__name__} | json.loads(json.dumps(plain))
 
 
 def first_rows(dataset: Any) -> list[Any]:
