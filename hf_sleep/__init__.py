@@ -3,6 +3,7 @@
 from .auto import AutoModelForSleepLM
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
+from .dtypes import default_dtype
 from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
 from .models import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
@@ -21,5 +22,6 @@ __all__ = [
     "SleepLMConfig",
     "SleepState",
     "__version__",
+    "default_dtype",
     "sleep_lora_config",
 ]

@@ -28,6 +28,7 @@ from .cache import SleepCache
 from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from .config import SleepConfig, SleepLMConfig
 from .decoders import Decoder, decoder_for
+from .dtypes import emulated_dtype_of
 from .generation import RecurrentGenerationMixin
 from .hub import (
     AUTO_MAP,
@@ -392,6 +393,7 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
             raise ValueError("skip_head=True with labels: a loss needs the head. Leave one of them out")
         sleeper = self._sleeper()
         embeds: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
+        self._warn_if_emulated(embeds)
         if held.is_empty:
             held.start(self, embeds.shape[0], sleeper.start(embeds.shape[0], embeds), sleeper.fast_slots)
         if use_cache is None:
@@ -689,6 +691,18 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
     def _will_sleep(self, cache: SleepCache, layout: Layout) -> bool:
         size = self.config.sleep.window_size
         return any(row.fill + n > size for row, n in zip(cache.rows, layout.counts, strict=True))
+
+    def _warn_if_emulated(self, embeds: torch.Tensor) -> None:
+        """Once, when products are about to be computed in a dtype that the CPU has not."""
+        if (dtype := emulated_dtype_of(embeds)) is None:
+            return
+        advice = 'call model.float(), or load it with dtype="float32"'
+        if dtype != embeds.dtype:
+            advice = "leave autocast out (bf16=False in TrainingArguments)"
+        logger.warning_once(
+            f"This model computes in {str(dtype).removeprefix('torch.')}, for which this CPU has no instructions: many "
+            f"times slower than in float32. For speed {advice}; hf_sleep.default_dtype() knows a machine's dtype."
+        )
 
     # Generation.
 
