@@ -7,6 +7,7 @@ from .dtypes import default_dtype
 from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
 from .models import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
+from .sleep import SleepEvent
 from .state import SleepState
 from .version import __version__
 
@@ -18,6 +19,7 @@ __all__ = [
     "OuroForCausalLM",
     "SleepCache",
     "SleepConfig",
+    "SleepEvent",
     "SleepForCausalLM",
     "SleepLMConfig",
     "SleepState",

@@ -44,7 +44,7 @@ from .hub import (
 from .layers import FastWeightBlock
 from .offload import compute_device
 from .packing import MARKS, refuse_packed
-from .sleep import PassHook, Piece, Sleeper
+from .sleep import PassHook, Piece, Sleeper, SleepHook
 from .state import fingerprint
 
 logger = logging.get_logger(__name__)
@@ -174,6 +174,7 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         self.card, self.model_tags = CardFacts(), list(TAGS)
         self.gradient_checkpointing = False
         self._pass_hooks: dict[int, PassHook] = OrderedDict()
+        self._sleep_hooks: dict[int, SleepHook] = OrderedDict()
         self._may_be_untrained, self._is_fresh = True, lm is not None
         self._may_be_stuck = True
         if lm is None:
@@ -265,7 +266,23 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
     def _sleeper(self) -> Sleeper:
         checkpointing = self.gradient_checkpointing and self.training
         hooks = tuple(self._pass_hooks.values())
-        return Sleeper(self.decoder, self.fast_weights, self.config.sleep, checkpointing, hooks)
+        sleep_hooks = tuple(self._sleep_hooks.values())
+        return Sleeper(self.decoder, self.fast_weights, self.config.sleep, checkpointing, hooks, sleep_hooks)
+
+    def on_sleep(self, hook: SleepHook) -> RemovableHandle:
+        """Watch the sleeps of every call: for a progress bar over a long text, or to know what they cost.
+
+        Args:
+            hook: `hook(event)` is called when a sleep is over, in `forward`, `generate` and `sleep` alike, once per row
+                that slept, with a `SleepEvent`: `row`, `tokens` read so far, `seconds`, `sleep_passes`. What it raises
+                ends the call, and leaves the caller's cache as it was.
+
+        Returns:
+            A handle whose `remove()` ends it; in a `with` statement it ends with the block.
+        """
+        handle = RemovableHandle(self._sleep_hooks)
+        self._sleep_hooks[handle.id] = hook
+        return handle
 
     def register_pass_hook(self, hook: PassHook) -> RemovableHandle:
         """Watch the passes of every sleep.

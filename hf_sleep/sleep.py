@@ -9,6 +9,7 @@ Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,26 @@ from .config import SleepConfig
 from .offload import compute_device
 
 PassHook = Callable[[int, list[torch.Tensor]], None]
+
+
+@dataclass(frozen=True)
+class SleepEvent:
+    """One sleep of one row.
+
+    Args:
+        row: of the batch that the call read; of a beam search, a beam.
+        tokens: that the row has read so far, in this call and before it; pads do not count.
+        seconds: that passes 2 to N and the eviction took. Rows that slept together share them.
+        sleep_passes: N, the ordinary read included.
+    """
+
+    row: int
+    tokens: int
+    seconds: float
+    sleep_passes: int
+
+
+SleepHook = Callable[[SleepEvent], None]
 
 
 @dataclass(frozen=True)
@@ -163,6 +184,7 @@ class Sleeper:
         checkpointing: recompute each (window, pass) in the backward instead of keeping its activations.
         hooks: called with the number of every pass over a window that sleeps, from 1, and the fast weights
             `[B, H, K, V]` that it leaves in each slot of the loop.
+        sleep_hooks: called after every sleep, once per row that slept.
     """
 
     def __init__(
@@ -172,12 +194,13 @@ class Sleeper:
         config: SleepConfig,
         checkpointing: bool = False,
         hooks: tuple[PassHook, ...] = (),
+        sleep_hooks: tuple[SleepHook, ...] = (),
     ):
         self.decoder = decoder
         self.blocks: dict[str, Any] = dict(blocks.items())
         self.config = config
         self.checkpointing = checkpointing
-        self.hooks = hooks
+        self.hooks, self.sleep_hooks = hooks, sleep_hooks
         loop_layers = config.loop_layers or (0, len(decoder.kinds))
         self.slots, self.loop = programme(
             tuple(decoder.kinds), tuple(map(int, blocks)), loop_layers, decoder.norm_every_pass
@@ -289,6 +312,7 @@ class Sleeper:
         if not rows:
             return
         device = self._hidden(cache).device
+        began = self._clock(device)
         part, index = self._part(cache, rows, device)
         states = [cache.rows[b] for b in rows]
         self._show(1, part.layers)
@@ -305,6 +329,18 @@ class Sleeper:
             part = Tensors(layers, part.window_start, None)
         layers = self._evict(part.layers, states, device)
         self._put(cache, index, Tensors(layers, self._window_start(layers), None))
+        seconds = self._clock(device) - began
+        for b in rows if self.sleep_hooks else ():
+            for hook in self.sleep_hooks:
+                hook(SleepEvent(b, cache.rows[b].seen, seconds, passes))
+
+    def _clock(self, device: torch.device) -> float:
+        """Seconds, when the device has done all it was asked; 0 where nobody asks for them."""
+        if not self.sleep_hooks:
+            return 0.0
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
 
     def _show(self, number: int, layers: list[Pair | None]) -> None:
         """Show the hooks what pass `number` has written."""
