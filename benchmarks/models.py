@@ -116,7 +116,7 @@ def gib(peak: float) -> str:
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected value."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 

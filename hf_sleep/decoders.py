@@ -68,9 +68,10 @@ class Decoder:
         frequencies = self.frequencies(kind)
         if frequencies is None:
             return keys
-        angle = (shift.double().unsqueeze(1) * frequencies.double().cpu()).view(len(shift), 1, 1, -1)
+        # In float64 on the CPU: Apple's GPUs have none.
+        angle = (shift.double().unsqueeze(1) * frequencies.cpu().double()).view(len(shift), 1, 1, -1)
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        cos, sin = (table.to(keys.device, dtype) for table in (angle.cos(), angle.sin()))
+        cos, sin = (table.to(dtype).to(keys.device) for table in (angle.cos(), angle.sin()))
         half = angle.shape[-1]
         x, y, rest = keys.to(dtype).split((half, half, keys.shape[-1] - 2 * half), dim=-1)
         return torch.cat((x * cos - y * sin, y * cos + x * sin, rest), dim=-1).to(keys.dtype)

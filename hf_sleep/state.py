@@ -63,7 +63,7 @@ def _sample(parameter: torch.Tensor) -> bytes:
     if type(parameter) is not torch.Tensor or not parameter.is_floating_point() or not parameter.numel():
         return b""
     flat = parameter.flatten()
-    index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()
     return flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 

@@ -293,7 +293,7 @@ class SleepMonitor(TrainerCallback):
         self.trainer, self.every, self.rows = check_trainer(self, trainer), every, rows
         self._logs = 0
         self._batch: dict[str, Any] = {}
-        self._squares: dict[int, torch.Tensor] = {}
+        self._norms: dict[int, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -307,14 +307,15 @@ class SleepMonitor(TrainerCallback):
             handle.remove()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._squares.clear()
+        self._norms.clear()
 
     def _watch(self, number: int, states: list[torch.Tensor]) -> None:
-        device = states[0].device  # a hook that held a state would keep it, and its graph, for ever
+        norms = self._norms.setdefault(number, [])  # a hook that held a state would keep it, and its graph, for ever
 
         def add(gradient: torch.Tensor) -> None:
-            square = gradient.double().square().sum().to(device)
-            self._squares[number] = self._squares.get(number, 0.0) + square
+            # Small gradients have no squares in float32, and Apple's GPUs no float64.
+            largest = gradient.abs().amax()
+            norms.append((gradient / largest.clamp(min=torch.finfo(largest.dtype).tiny)).norm() * largest)
 
         for state in states:
             if state.requires_grad:
@@ -329,7 +330,11 @@ class SleepMonitor(TrainerCallback):
             return
         self._logs += 1
         if self._logs % self.every == 0:
-            gradients = {f"gradient_norm_pass_{n}": self._squares[n].sqrt().item() for n in sorted(self._squares)}
+            gradients = {
+                f"gradient_norm_pass_{n}": torch.stack([norm.cpu() for norm in norms]).double().norm().item()
+                for n, norms in sorted(self._norms.items())
+                if norms
+            }
             with self.trainer.accelerator.autocast():
                 self.trainer.log(self.measure(model) | gradients)
 
@@ -345,7 +350,7 @@ class SleepMonitor(TrainerCallback):
         finally:
             model.train(was_training)
         layers: Any = cache.tensors.layers
-        states = [layers[slot][0].flatten(0, 1).double() for slot in sorted(cache.fast_slots)]
+        states = [layers[slot][0].flatten(0, 1).cpu().double() for slot in sorted(cache.fast_slots)]
         norms = torch.cat([state.norm(dim=(-2, -1)) for state in states])
         spectra = [torch.linalg.svdvals(state) for state in states]
         shares = [s / s.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny) for s in spectra]

@@ -1,0 +1,98 @@
+"""What another device lacks is computed on the CPU: Apple's GPUs have no float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import FAMILIES, make_base, make_model, sleep_config, tokens
+from torch.utils._pytree import tree_leaves
+
+from hf_sleep import SleepCache
+from hf_sleep.decoders import decoder_for
+from hf_sleep.state import fingerprint
+from hf_sleep.training import SleepMonitor
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on a device without float64; what is computed with it is there too, until `cpu()` brings it back."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return out.as_subclass(torch.Tensor)
+        if any(isinstance(leaf, cls) and leaf.dtype == torch.float64 for leaf in tree_leaves(out)):
+            raise TypeError("this device has no float64")
+        return out
+
+
+def elsewhere(t: torch.Tensor) -> torch.Tensor:
+    return t.as_subclass(Elsewhere)
+
+
+def test_the_device_has_no_float64():
+    t = elsewhere(torch.ones(3))
+    assert isinstance(t + torch.ones(3), Elsewhere)
+    assert type(t.cpu().double()) is torch.Tensor
+    for make in (lambda: t.double(), lambda: t.to(torch.float64).cpu(), lambda: torch.mul(t, torch.ones(3).double())):
+        with pytest.raises(TypeError, match="no float64"):
+            make()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_keys_are_turned_without_float64_on_their_device(family, monkeypatch):
+    decoder = decoder_for(make_base(family))
+    keys, shift = torch.randn(2, 2, 5, 8), torch.tensor([-3, -400])
+    kinds = {kind for kind in decoder.kinds if kind.endswith("attention") and kind != "linear_attention"}
+    expected = {kind: decoder.shift_keys(keys, shift, kind) for kind in kinds or decoder.kinds}
+    frequencies = decoder.frequencies
+    monkeypatch.setattr(
+        decoder, "frequencies", lambda kind: None if frequencies(kind) is None else elsewhere(frequencies(kind))
+    )
+    for kind, turned in expected.items():
+        again = decoder.shift_keys(elsewhere(keys), shift, kind)
+        assert isinstance(again, Elsewhere)
+        assert torch.equal(again.cpu(), turned)
+
+
+def test_the_monitor_measures_without_float64_on_the_models_device():
+    model = make_model("llama", sleep_config("llama"))
+    ids = tokens(20)[None]
+    monitor = SleepMonitor(SimpleNamespace())
+    monitor._keep_batch(model.train(), (), {"input_ids": ids, "labels": ids})
+    expected = monitor.measure(model)
+    read = monitor._read
+
+    def read_elsewhere(model):
+        metrics, cache = read(model)
+        moved = SleepCache()
+        moved.assign(cache)
+        moved.tensors = cache.tensors.map(elsewhere)
+        return metrics, moved
+
+    monitor._read = read_elsewhere
+    measured = monitor.measure(model)
+    for name in ("fast_weight_norm", "fast_weight_rank"):
+        assert measured[name] == expected[name]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 0.0])
+def test_gradient_norms_are_measured_without_float64_on_the_models_device(scale):
+    """Also of gradients whose squares float32 does not hold."""
+    logged, hooks = {}, []
+    monitor = SleepMonitor(SimpleNamespace(log=logged.update), every=1)
+    monitor.measure = lambda model: {}
+    monitor.trainer.accelerator = SimpleNamespace(autocast=torch.no_grad)
+    monitor._watch(1, [SimpleNamespace(requires_grad=True, register_hook=hooks.append)])
+    gradients = [scale * torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    for gradient in gradients:
+        hooks[0](elsewhere(gradient))
+    monitor.on_log(None, None, None, None, {"loss": 1.0})
+    assert logged["gradient_norm_pass_1"] == pytest.approx(torch.stack(gradients).double().norm().item(), rel=1e-6)
+
+
+def test_a_default_device_does_not_move_what_is_computed_on_the_cpu():
+    base = make_base("llama")
+    expected = fingerprint(base)
+    with torch.device("meta"):
+        assert fingerprint(base) == expected
