@@ -15,13 +15,15 @@ from collections.abc import Callable
 import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
+from hf_sleep import default_dtype
 from hf_sleep.ops import chunk_gated_delta_rule
 
 # Rows of a batch and (heads, key width, value width).
 BATCHES = (1, 8)
 HEADS = ((4, 64, 64), (9, 64, 128), (12, 96, 256))
 TOKENS = (64, 128, 256, 512, 1024, 2048)
-DTYPES = (torch.float32, torch.bfloat16)
+# And bfloat16 where the CPU has it.
+DTYPES = tuple(dict.fromkeys((torch.float32, default_dtype("cpu"))))
 MAX_VALUES = 2**24  # elements of v; what is larger needs more memory than a small machine has
 
 

@@ -1,8 +1,9 @@
 """Jet-Nemotron and Ouro, asleep and awake, beside the plain models: python benchmarks/models.py --out FOLDER
 
-On a CUDA GPU: the real sizes (Jet-Nemotron 2B, Ouro 1.4B) with random weights in bfloat16, T = 12,000 tokens. Without
-one: tiny configs and T = 384, which shows that the script works and nothing about speed. Every figure is of this one
-run; what the time budget left no room for is listed as not run. Writes models.json and models.md.
+On a CUDA GPU: the real sizes (Jet-Nemotron 2B, Ouro 1.4B) with random weights in bfloat16 (float32 where it lacks
+that), T = 12,000 tokens. Without one: tiny configs and T = 384, which shows that the script works and nothing about
+speed. Every figure is of this one run; what the time budget left no room for is listed as not run. Writes models.json
+and models.md.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, ops
+from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, default_dtype, ops
 from hf_sleep.models import JetNemotronConfig, OuroConfig
 
 GOLDENS = Path(__file__).resolve().parents[1] / "tests" / "goldens"
@@ -50,7 +51,7 @@ class Scale:
     turns: int
 
 
-REAL = Scale(torch.bfloat16, 12_000, (1024, 2048, 4096), (1, 2, 4), 64, 3)
+REAL = Scale(default_dtype(), 12_000, (1024, 2048, 4096), (1, 2, 4), 64, 3)
 TINY = Scale(torch.float32, 384, (64, 128), (1, 2), 4, 2)
 
 

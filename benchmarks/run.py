@@ -24,7 +24,7 @@ from training import training
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, default_dtype
 from hf_sleep.compat import CACHE
 from hf_sleep.decoders import Decoder
 
@@ -241,7 +241,8 @@ def load(source: str | None, dtype: str) -> PreTrainedModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder (default: the SmolLM2 that make demo unpacked)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model (default: %(default)s)")
+    native = str(default_dtype("cpu")).removeprefix("torch.")
+    parser.add_argument("--dtype", default=native, help="of the model (default here: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="how far to read (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and turns, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
@@ -263,7 +264,7 @@ def main() -> None:
     training(report, arguments.quick)
     console.print(report.table())
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.rows, indent=1))
+        arguments.json.write_text(json.dumps(report.rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=Path, help="text file to read (default: Python's language reference, from pydoc)"
     )
-    parser.add_argument("--tokens", type=int, default=20480, help="tokens to read (default: %(default)s)")
-    parser.add_argument("--perplexity-tokens", type=int, default=4096, help="tokens to score (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens to read (default: %(default)s)")
+    parser.add_argument("--perplexity-tokens", type=int, default=2048, help="tokens to score (default: %(default)s)")
     parser.add_argument("--window-size", type=int, default=512)
     parser.add_argument("--sleep-passes", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=6, help="Jet blocks to inject (default: %(default)s)")

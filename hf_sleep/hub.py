@@ -172,11 +172,12 @@ def model_card(
     source = config.base_model_name_or_path
     repo_id = hub_id(source)
     licence = base_licence(source, download, token)
+    origin = repo_id or _origin(source)
     data = ModelCardData(
         library_name="hf_sleep",
         pipeline_tag="text-generation",
-        base_model=repo_id,
-        base_model_relation=None if repo_id is None else "adapter" if config.only_sleep else "finetune",
+        base_model=origin,
+        base_model_relation=None if origin is None else "adapter" if config.only_sleep else "finetune",
         tags=[*model.model_tags, *tags],
         model_name=name.rsplit("/", 1)[-1] if facts.metrics else None,
         eval_results=[_eval_result(metric) for metric in facts.metrics] or None,
@@ -186,7 +187,7 @@ def model_card(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        base_text=_base_text(config, repo_id),
+        base_text=_base_text(config, repo_id, origin),
         tokenizer=repo_id or name,
         usage=facts.usage.strip(),
         version=__version__,
@@ -213,10 +214,17 @@ def _eval_result(metric: Mapping[str, Any]) -> EvalResult:
     )
 
 
-def _base_text(config: SleepLMConfig, repo_id: str | None) -> str:
+def _origin(folder: str | None) -> str | None:
+    """The Hub id of what a base in a folder was made from, by its own card."""
+    named = _base_card(folder, None, download=False, token=None).get("base_model")
+    return hub_id(named) if isinstance(named, str) else None
+
+
+def _base_text(config: SleepLMConfig, repo_id: str | None, origin: str | None) -> str:
     if repo_id is not None:
         return f"[{repo_id}](https://huggingface.co/{repo_id})"
-    return f"A {config.text_config.model_type} language model"
+    made = "" if origin is None else f", made from [{origin}](https://huggingface.co/{origin}),"
+    return f"A {config.text_config.model_type} language model{made}"
 
 
 def _settings(model: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from from_scratch import parse
 from run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig
+from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig, default_dtype
 from hf_sleep.data import GSMInfinite
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
@@ -55,7 +55,6 @@ PAPER = {
     "eval_problems": 1600,
     "whole_model": True,
     "checkpointing": True,
-    "bf16": True,
 }
 OURO = PAPER | {
     "model": "ByteDance/Ouro-1.4B",
@@ -112,7 +111,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hard-warmup-steps", type=int, default=0, help="first steps: hard eviction, fast weights alone")
     add("--whole-model", **switch, default=False, help="train the base too, not just the fast weights")
     add("--checkpointing", **switch, default=False, help="recompute passes in the backward, to save memory")
-    add("--bf16", **switch, default=True, help="compute in bfloat16, by autocast")
+    native = default_dtype() == torch.bfloat16
+    add("--bf16", **switch, default=native, help="compute in bfloat16, by autocast (default: where the machine has it)")
     add("--eval-passes", type=int, nargs="+", help="each N to generate with (default: --sleep-passes)")
     add("--eval-problems", type=int, default=160, help="test problems (default: %(default)s)")
     add("--save-steps", type=int, default=0, help="steps between checkpoints; 0: none (default)")

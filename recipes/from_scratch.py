@@ -15,7 +15,7 @@ from datasets import Dataset
 from run_folder import RunFolder, TimeBudget, last_checkpoint, mean_and_spread, train_on
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-from hf_sleep import SleepConfig, SleepForCausalLM
+from hf_sleep import SleepConfig, SleepForCausalLM, default_dtype
 from hf_sleep.data.task import Task
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
@@ -188,7 +188,7 @@ def training_arguments(options: argparse.Namespace, folder: Path, seed: int) -> 
         # Where there is no accelerator: without it, processes on CPUs would each train alone.
         use_cpu=not torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
-        bf16=torch.accelerator.is_available(),
+        bf16=torch.accelerator.is_available() and default_dtype() == torch.bfloat16,
         dataloader_pin_memory=torch.accelerator.is_available(),
         seed=seed,
     )

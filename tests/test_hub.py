@@ -619,6 +619,29 @@ def test_the_licence_is_the_one_in_the_bases_folder(card, expected, tmp_path):
     assert base_licence(str(tmp_path)) == expected
 
 
+@pytest.mark.parametrize("only_sleep", [False, True])
+def test_a_card_names_what_a_base_in_a_folder_was_made_from(only_sleep, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "unpacked")
+    card = "---\nlicense: apache-2.0\nbase_model: org/original\n---\n# Unpacked"
+    (tmp_path / "unpacked" / "README.md").write_text(card, encoding="utf-8")
+    model = AutoModelForSleepLM.from_pretrained(tmp_path / "unpacked", sleep=sleep_config("llama"))
+    model.save_pretrained(tmp_path / "asleep", only_sleep=only_sleep)
+    made = card_of(tmp_path / "asleep")
+    relation = "adapter" if only_sleep else "finetune"
+    assert (made.data.license, made.data.base_model) == ("apache-2.0", "org/original")
+    assert made.data.base_model_relation == relation
+    assert "made from [org/original](https://huggingface.co/org/original), that *sleeps*" in made.text
+    assert "That of the base model: apache-2.0." in made.text
+
+
+@pytest.mark.parametrize("named", ["[org/a, org/b]", "/home/me/original", "7"])
+def test_a_folders_card_that_names_no_one_base_names_none(named, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "unpacked")
+    (tmp_path / "unpacked" / "README.md").write_text(f"---\nbase_model: {named}\n---\n", encoding="utf-8")
+    AutoModelForSleepLM.from_pretrained(tmp_path / "unpacked").save_pretrained(tmp_path / "asleep")
+    assert card_of(tmp_path / "asleep").data.base_model is None
+
+
 def test_a_licence_is_looked_up_on_the_hub_when_a_model_is_pushed(hub, tmp_path):
     card = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE.md\n---\n"
     hub.commit("org/tiny", "main", {"README.md": card})

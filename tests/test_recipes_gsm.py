@@ -239,7 +239,18 @@ def test_a_hybrid_trains_its_own_layers_on_a_text(recipe, tokenizer, tmp_path):
     assert all("linear_attn" in name for name in changed)
 
 
+@pytest.mark.parametrize("preset", ["small", "smollm2", "paper-ouro"])
+def test_autocast_is_for_machines_that_have_bfloat16(preset, recipe, monkeypatch):
+    module = recipe("finetune_gsm")
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(module, "default_dtype", lambda: dtype)  # noqa: B023
+        assert module.parse_arguments(["--preset", preset]).bf16 == (dtype == torch.bfloat16)
+        assert module.parse_arguments(["--preset", preset, "--bf16"]).bf16
+        assert not module.parse_arguments(["--preset", preset, "--no-bf16"]).bf16
+
+
 def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe("finetune_gsm"), "default_dtype", lambda: torch.bfloat16)
     parse = recipe("finetune_gsm").parse_arguments
     presets = {name: parse(["--preset", name]) for name in ("paper-jet-nemotron", "paper-ouro", "paper-ouro-sliding")}
     for options in presets.values():
