@@ -1,14 +1,14 @@
 """AutoModelForSleepLM: one door for bases and for sleep checkpoints."""
 
-import dataclasses
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import logging
 
-from .config import SleepConfig, SleepLMConfig
+from .config import SleepConfig, SleepLMConfig, check_keywords
 from .dtypes import dtype_to_load
-from .modeling import HUB_KEYWORDS, SleepForCausalLM, load_base
+from .modeling import HUB_KEYWORDS, SleepForCausalLM, joined_reports, load_base
 
 logger = logging.get_logger(__name__)
 
@@ -40,18 +40,34 @@ class AutoModelForSleepLM:
             A `SleepForCausalLM`; with `output_loading_info=True`, it and the report.
 
         Raises:
-            ValueError: an unknown family, settings that do not fit the base, or blocks other than the checkpoint's.
+            ValueError: an unknown family, settings that do not fit the base, blocks other than the checkpoint's, or an
+                adapter of a base.
+            TypeError: a setting of the sleep that is not in `sleep`.
         """
         lookup = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code", "gguf_file") if key in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **lookup)
+        hub = {key: lookup[key] for key in HUB_KEYWORDS if lookup.get(key) is not None}
+        adapter, name, _ = maybe_load_adapters(
+            pretrained_model_name_or_path, hub, **(kwargs.get("adapter_kwargs") or {})
+        )
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = AutoConfig.from_pretrained(config or name, **lookup)
         kwargs |= _native_dtype(config, kwargs)
-        if not isinstance(config, SleepLMConfig):
-            base, report = load_base(pretrained_model_name_or_path, kwargs)
-            model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
-            return model if report is None else (model, report)
-        if sleep is not None:
-            config.sleep = _change(config.sleep, sleep).resolve(config.text_config)
-        return SleepForCausalLM.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "config": config})
+        if isinstance(config, SleepLMConfig):
+            kwargs.pop("code_revision", None)  # its code is this package's
+            return SleepForCausalLM.from_pretrained(pretrained_model_name_or_path, sleep=sleep, **kwargs)
+        if adapter is not None:
+            raise ValueError(
+                f"{adapter} holds an adapter for {name}, which does not sleep. Merge it first (merge_and_unload of the "
+                "PeftModel), then retrofit the result with SleepForCausalLM.from_base"
+            )
+        check_keywords(kwargs, config)
+        base, report = load_base(pretrained_model_name_or_path, kwargs)
+        model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
+        if report is None:
+            return model
+        blocks = {f"fast_weights.{name}" for name in model.fast_weights.state_dict()}
+        return model, joined_reports(report, {"missing_keys": blocks})
 
 
 def _native_dtype(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -67,23 +83,3 @@ def _native_dtype(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         f'faster here and of the same values. Pass dtype="{saved}" to keep it.'
     )
     return {"dtype": dtype}
-
-
-BLOCK_FIELDS = [
-    f.name for f in dataclasses.fields(SleepConfig) if f.name.startswith("block_") or f.name == "num_blocks"
-]
-
-
-def _change(saved: SleepConfig, asked: SleepConfig | dict[str, Any]) -> SleepConfig:
-    """A checkpoint's settings with those that were asked for; its blocks are what they are."""
-    if isinstance(asked, SleepConfig):
-        default = SleepConfig()
-        values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(SleepConfig)}
-        asked = {k: v for k, v in values.items() if k not in BLOCK_FIELDS or v != getattr(default, k)}
-    for name in BLOCK_FIELDS:
-        if name in asked and asked[name] != getattr(saved, name):
-            raise ValueError(
-                f"SleepConfig.{name}={asked[name]!r} cannot work: the checkpoint's blocks have "
-                f"{name}={getattr(saved, name)!r}. Leave it out"
-            )
-    return dataclasses.replace(saved, **asked)

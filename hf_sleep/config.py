@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,6 +193,28 @@ class SleepConfig:
             "num_sink_tokens", self.num_sink_tokens, f"{needs}: use at most {(addressable - span) // (span + 1)}"
         )
 
+    def changed(self, asked: "SleepConfig | dict[str, Any]") -> "SleepConfig":
+        """A checkpoint's settings with those that were asked for; its blocks are what they are.
+
+        Args:
+            asked: a dictionary sets just those fields; of a `SleepConfig` the blocks' fields count only where they are
+                not the defaults.
+
+        Raises:
+            ValueError: other blocks than the checkpoint's.
+        """
+        if isinstance(asked, SleepConfig):
+            default = SleepConfig()
+            values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(SleepConfig)}
+            asked = {k: v for k, v in values.items() if k not in BLOCK_FIELDS or v != getattr(default, k)}
+        for name in BLOCK_FIELDS:
+            if name in asked and asked[name] != getattr(self, name):
+                raise ValueError(
+                    f"SleepConfig.{name}={asked[name]!r} cannot work: the checkpoint's blocks have "
+                    f"{name}={getattr(self, name)!r}. Leave it out"
+                )
+        return dataclasses.replace(self, **asked)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` reads it back."""
         plain = {**dataclasses.asdict(self), "version": __version__}
@@ -208,6 +232,29 @@ class SleepConfig:
                 stacklevel=2,
             )
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+BLOCK_FIELDS = [
+    f.name for f in dataclasses.fields(SleepConfig) if f.name.startswith("block_") or f.name == "num_blocks"
+]
+
+
+def check_model_type(model_type: str | None, source: Any) -> None:
+    """Raise `ValueError` unless `model_type` is a sleeping model's; `source` is where it was found."""
+    if model_type != SleepLMConfig.model_type:
+        raise ValueError(
+            f"{source} has model_type={model_type!r}, so it is no checkpoint of a sleeping model. To retrofit a base "
+            "model, use AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))"
+        )
+
+
+def check_keywords(kwargs: Mapping[str, Any], text: PreTrainedConfig) -> None:
+    """Raise `TypeError` where a keyword of from_pretrained is a setting of the sleep, and no field of the base's."""
+    for field in dataclasses.fields(SleepConfig):
+        if field.name in kwargs and not hasattr(text, field.name):
+            raise TypeError(
+                f"{field.name} is a setting of the sleep: pass sleep={{{field.name!r}: {kwargs[field.name]!r}}}"
+            )
 
 
 class SleepLMConfig(PreTrainedConfig):
@@ -255,6 +302,29 @@ class SleepLMConfig(PreTrainedConfig):
             if kwargs.get(token) is None:
                 kwargs[token] = getattr(self.text_config, token, None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A checkpoint's config.json as a dictionary, and the keywords left over.
+
+        Raises:
+            ValueError: the config of another kind of model.
+        """
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_model_type(values.get("model_type"), pretrained_model_name_or_path)
+        return values, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what `to_dict` wrote; a keyword sets a field, `sleep` just the settings that it names."""
+        asked = kwargs.pop("sleep", None)
+        made = super().from_dict(config_dict, **kwargs)
+        if asked is not None:
+            config = made[0] if isinstance(made, tuple) else made
+            config.sleep = config.sleep.changed(asked).resolve(config.text_config)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary written to config.json, with `sleep` as plain values."""

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from .auto import _change
 from .cache import Pair, Tensors
 from .config import SleepConfig, SleepLMConfig
 from .decoders import decoder_for
@@ -152,7 +151,7 @@ def describe(
     text._attn_implementation = text._experts_implementation = None
     dtype = dtype or config.dtype or config.get_text_config().dtype or torch.bfloat16
     if is_checkpoint:
-        settings = config.sleep if sleep is None else _change(config.sleep, sleep)
+        settings = config.sleep if sleep is None else config.sleep.changed(sleep)
     else:
         settings = SleepConfig(**sleep) if isinstance(sleep, dict) else sleep or SleepConfig()
     with torch.device("meta"), torch.no_grad():

@@ -1,7 +1,9 @@
 """SleepForCausalLM: a pretrained decoder LM that sleeps."""
 
+import copy
 import functools
 import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -13,25 +15,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo, snapshot_download
-from safetensors.torch import load_file
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .cache import SleepCache
-from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
-from .config import SleepConfig, SleepLMConfig
+from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
+from .config import SleepConfig, SleepLMConfig, check_keywords, check_model_type
 from .decoders import Decoder, decoder_for
 from .dtypes import emulated_dtype_of
 from .generation import RecurrentGenerationMixin
 from .hub import (
     AUTO_MAP,
+    REMOTE_CODE_FILE,
     TAGS,
     CardFacts,
     Repository,
@@ -42,6 +45,7 @@ from .hub import (
     write_remote_code,
 )
 from .layers import FastWeightBlock
+from .layers.recurrence import GATES, keeping
 from .offload import compute_device
 from .packing import MARKS, refuse_packed
 from .sleep import PassHook, Piece, Sleeper, SleepHook
@@ -50,7 +54,38 @@ from .state import fingerprint
 logger = logging.get_logger(__name__)
 
 # What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+# Of an only-sleep checkpoint's keywords, those for the base: how its weights are laid out and computed with.
+BASE_KEYWORDS = (
+    "attn_implementation",
+    "experts_implementation",
+    "quantization_config",
+    "gguf_file",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
+    "distributed_config",
+    "device_mesh",
+    "tp_plan",
+    "tp_size",
+    "use_kernels",
+    "kernel_config",
+    "allow_all_kernels",
+    "fusion_config",
+)
+# And those for base and new weights alike. All others are of the new weights' files: revision, subfolder, variant, …
+SHARED_KEYWORDS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "token",
+    "ignore_mismatched_sizes",
+    "weights_only",
+    "disable_mmap",
+    "tqdm_class",
+)
 # Of save_pretrained's, those for push_to_hub.
 PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 # What PEFT, accelerate and transformers ask a model to learn how its linear layers are stored.
@@ -129,35 +164,18 @@ class Headless:
         return type(self.model).forward(self.model, *args, **kwargs, skip_head=True)
 
 
-class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
-    """A base decoder LM (`lm`, untouched) with fast-weight blocks (`fast_weights`), run window by window.
-
-    Make one from a base with `AutoModelForSleepLM.from_pretrained`, or from a model in memory with `from_base`.
-
-    Args:
-        config: how it is built and how it sleeps.
-        lm: the base model; built from `config.text_config` where it is not given.
-
-    Source: Lee et al. 2026 (arXiv 2605.26099).
-    """
+class SleepPreTrainedModel(PreTrainedModel):
+    """What a sleeping model and its blocks alone share: how they are loaded and initialised."""
 
     config_class = SleepLMConfig
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
-    _no_split_modules = ["FastWeightBlock"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = list(GATES)
     _supports_sdpa = True
     _supports_flash_attn = True
-    _is_stateful = True
 
-    def __init__(self, config: SleepLMConfig, lm: PreTrainedModel | None = None):
-        super().__init__(config)
-        self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
-        sleep, text = config.sleep, config.text_config
-        decoder_for(self.lm)
-        self.fast_weights = nn.ModuleDict(
+    def make_blocks(self) -> nn.ModuleDict:
+        """The config's blocks, by the decoder layer that they follow; their weights are anything."""
+        sleep, text = self.config.sleep, self.config.text_config
+        return nn.ModuleDict(
             {
                 str(layer): FastWeightBlock(
                     sleep.block_kind,
@@ -171,6 +189,61 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
                 for layer in sleep.block_layers
             }
         )
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # All initialisation here leaves loaded weights alone. transformers doubts that of custom code, and then skips
+        # every module without parameters of its own, as a block is.
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The base's experts are run by its own code, as the base was loaded to run them.
+        return True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FastWeightBlock):
+            with torch.no_grad():
+                module.init_weights(getattr(self.config.text_config, "initializer_range", 0.02))
+
+
+class SleepBlocks(SleepPreTrainedModel):
+    """The fast-weight blocks alone, as an only-sleep checkpoint holds them.
+
+    Args:
+        config: of the sleeping model that they are a part of.
+    """
+
+    def __init__(self, config: SleepLMConfig):
+        super().__init__(config)
+        self.fast_weights = self.make_blocks()
+        self.post_init()
+
+
+class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
+    """A base decoder LM (`lm`, untouched) with fast-weight blocks (`fast_weights`), run window by window.
+
+    Make one from a base with `AutoModelForSleepLM.from_pretrained`, or from a model in memory with `from_base`.
+
+    Args:
+        config: how it is built and how it sleeps.
+        lm: the base model; built from `config.text_config` where it is not given.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099).
+    """
+
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["FastWeightBlock"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _is_stateful = True
+
+    def __init__(self, config: SleepLMConfig, lm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
+        decoder_for(self.lm)
+        self.fast_weights = self.make_blocks()
         self.card, self.model_tags = CardFacts(), list(TAGS)
         self.gradient_checkpointing = False
         self._pass_hooks: dict[int, PassHook] = OrderedDict()
@@ -233,21 +306,16 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
         model.post_init()
         return model.train(base.training)
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # The base's experts are run by its own code, as the base was loaded to run them.
-        return True
-
     def post_init(self) -> None:
         super().post_init()
         # A text model names its vision tower's layers too, which FSDP would look for.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FastWeightBlock):
-            with torch.no_grad():
-                module.init_weights(getattr(self.config.text_config, "initializer_range", 0.02))
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SleepForCausalLM":
+        # The gates of a hybrid base too, as loading does.
+        gates = [parameter for name, parameter in self.named_parameters() if name.rsplit(".", 1)[-1] in GATES]
+        return super()._apply(keeping(fn, gates), recurse)
 
     @property
     def decoder(self) -> Decoder:
@@ -926,43 +994,104 @@ class SleepForCausalLM(PreTrainedModel, RecurrentGenerationMixin):
             return hub.push(folder, commit_message, commit_description)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        sleep: SleepConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Load a sleep checkpoint, from a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: what `save_pretrained` or `push_to_hub` wrote.
-            kwargs: as in `PreTrainedModel.from_pretrained`; of an only-sleep checkpoint they go to the base.
+            pretrained_model_name_or_path: what `save_pretrained` or `push_to_hub` wrote, or an adapter for it.
+            config: instead of the checkpoint's own.
+            sleep: settings to change, as in `AutoModelForSleepLM.from_pretrained`.
+            kwargs: as in `PreTrainedModel.from_pretrained`, fields of the config among them; those of the base's are
+                set as `text_config={...}`. Of an only-sleep checkpoint, those that say how weights are laid out and
+                computed with (dtype, device_map, quantization_config, attn_implementation, …) go to the base, and its
+                blocks follow the layers that they stand after; those that say where a checkpoint is (revision,
+                subfolder, variant, …) are for the new weights.
+
+        Raises:
+            ValueError: a checkpoint of another kind, as of a base that was not retrofitted.
+            TypeError: a keyword that nothing takes.
         """
-        config = kwargs.pop("config", None)
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-        if config is None:
-            config = SleepLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        adapter, name, adapter_kwargs = maybe_load_adapters(name, hub, **(kwargs.pop("adapter_kwargs", None) or {}))
+        if adapter is not None:
+            adapter_kwargs["_adapter_model_path"] = adapter
+        config, kwargs = _config_of(name, config, hub, kwargs)
+        if sleep is not None:
+            config.sleep = config.sleep.changed(sleep).resolve(config.text_config)
         if not config.only_sleep:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        for key in ("revision", "subfolder", "trust_remote_code"):
-            # Of the new weights, not of the base.
-            kwargs.pop(key, None)
-        base, report = load_base(config.base_model_name_or_path, kwargs)
-        _check_same_base(config.text_config, base.config)
+            return super().from_pretrained(name, *args, config=config, adapter_kwargs=adapter_kwargs, **kwargs)
+        return cls._from_blocks(name, *args, config=config, adapter_kwargs=adapter_kwargs, **kwargs)
+
+    @classmethod
+    def _from_blocks(
+        cls,
+        name: Any,
+        *args: Any,
+        config: SleepLMConfig,
+        adapter_kwargs: dict[str, Any],
+        adapter_name: str = "default",
+        generation_config: Any = None,
+        output_loading_info: bool = False,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an only-sleep checkpoint: the base from where it came, then the blocks on it."""
+        base, base_report = _base_of(config, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in (*BASE_KEYWORDS, "dtype", "torch_dtype")}
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        # An adapter beside the weights is the whole model's: let it not be found where these alone are loaded.
+        elsewhere = {"adapter_kwargs": {"subfolder": REMOTE_CODE_FILE}} if adapter == name else {}
+        blocks, report = SleepBlocks.from_pretrained(
+            name, *args, config=config, dtype=base.dtype, output_loading_info=True, **elsewhere, **kwargs
+        )
+        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        if missing and unexpected:
+            raise ValueError(
+                f"{name} does not hold this model's fast weights: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            )
         model = cls.from_base(base, config.sleep)
-        model.config.base_model_name_or_path = config.base_model_name_or_path
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        if config.base_fingerprint not in (None, model.config.base_fingerprint):
+        # What is missing stays as a fresh retrofit has it.
+        fresh = {*missing, *(key for key, *_ in report["mismatched_keys"])}
+        loaded = {key: weight for key, weight in blocks.state_dict().items() if key not in fresh}
+        model.load_state_dict(loaded, strict=False)
+
+        made = model.config
+        if config.base_fingerprint not in (None, made.base_fingerprint):
             logger.warning(
                 f"The base loaded from {config.base_model_name_or_path} has other weights than the one these "
                 "fast weights "
                 "were made with (another revision or quantisation?): what they remember may not fit it."
             )
-        weights = _load_weights(pretrained_model_name_or_path, hub)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [key for key in missing if key.startswith("fast_weights.")]
-        if missing or unexpected:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold this model's fast weights: missing {missing[:3]}, "
-                f"unexpected {unexpected[:3]}"
-            )
+        attention, experts = made._attn_implementation, made._experts_implementation
+        for field in ("text_config", "dtype", "base_fingerprint", "only_sleep"):
+            setattr(config, field, getattr(made, field))
+        config._attn_implementation, config._experts_implementation = attention, experts
+        model.config = config
+        if name is not None:
+            model.name_or_path = config.name_or_path = str(name)
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        default = {"revision": "main", "subfolder": "", "force_download": False, "local_files_only": False}
+        download: dict[str, Any] = dict.fromkeys(HUB_KEYWORDS) | default | hub
+        download |= {"trust_remote_code": trust_remote_code}
+        model.adjust_generation_fn(generation_config, False, None, name, **download)
         model.eval()
-        return model if report is None else (model, report)
+        info = joined_reports(base_report, report)
+        if adapter is not None:
+            if adapter != name:
+                hub.pop("revision", None)
+            adapted = model.load_adapter(
+                adapter, adapter_name=adapter_name, adapter_kwargs=hub | adapter_kwargs, dtype=model.dtype
+            )
+            info = adapted.to_dict()
+        return (model, info) if output_loading_info else model
 
 
 def _largest_of_ranks(number: int, device: torch.device) -> int:
@@ -1060,6 +1189,74 @@ def load_base(source: Any, kwargs: dict) -> tuple[PreTrainedModel, dict | None]:
     return base if isinstance(base, tuple) else (base, None)
 
 
+def _config_of(
+    name: Any, given: PreTrainedConfig | str | os.PathLike | None, hub: dict, kwargs: dict
+) -> tuple[SleepLMConfig, dict]:
+    """A sleep checkpoint's config, ours to change, with the fields that `kwargs` name; and the other `kwargs`."""
+    if isinstance(given, PreTrainedConfig):
+        file = None
+        if name is not None:
+            file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is not None:
+            check_model_type(json.loads(Path(file).read_text(encoding="utf-8")).get("model_type"), name)
+        check_model_type(given.model_type, f"config={type(given).__name__}(...)")
+        config: Any = copy.deepcopy(given)
+    else:
+        defaults = SleepLMConfig()
+        names = [key for key in kwargs if key not in ("dtype", "torch_dtype") and hasattr(defaults, key)]
+        fields = {key: kwargs.pop(key) for key in names}
+        config = SleepLMConfig.from_pretrained(name if given is None else given, **hub, **fields)
+    check_keywords(kwargs, config.text_config)
+    for key in kwargs:
+        if key not in ("dtype", "torch_dtype") and hasattr(config.text_config, key):
+            raise TypeError(f"{key} is a setting of the base: pass text_config={{{key!r}: {kwargs[key]!r}}}")
+    return config, kwargs
+
+
+def _base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]:
+    """The base of an only-sleep checkpoint, with the settings that it had when the checkpoint was written."""
+    source = config.base_model_name_or_path
+    if source is None:
+        raise ValueError(
+            "the checkpoint holds fast weights alone, and its config does not say of which base: pass "
+            "base_model_name_or_path=..."
+        )
+    asked = {key: kwargs[key] for key in (*BASE_KEYWORDS, *SHARED_KEYWORDS) if kwargs.get(key) is not None}
+    if kwargs.get("use_safetensors"):
+        asked["use_safetensors"] = True
+    if isinstance(asked.get("device_map"), dict):
+        asked["device_map"] = _map_of_base(asked["device_map"])
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    asked["dtype"] = dtype if dtype not in (None, "auto") else config.dtype or "auto"
+    lookup = {key: asked[key] for key in (*HUB_KEYWORDS, "gguf_file") if key in asked}
+    own = AutoConfig.from_pretrained(source, **lookup)
+    _check_same_base(config.text_config, own.get_text_config())
+    text = copy.deepcopy(config.text_config)
+    # Whether its files are quantised is for them to say.
+    if getattr(own, "quantization_config", None) is not None:
+        text.quantization_config = own.quantization_config
+    elif hasattr(text, "quantization_config"):
+        del text.quantization_config
+    return AutoModelForCausalLM.from_pretrained(source, config=text, output_loading_info=True, **asked)
+
+
+def _map_of_base(device_map: dict[str, Any]) -> dict[str, Any]:
+    """The base's part of a device map that names modules as a whole checkpoint does; the base's own names are left."""
+    return {
+        name if not f"{name}.".startswith("lm.") else name.removeprefix("lm").removeprefix("."): device
+        for name, device in device_map.items()
+        if not f"{name}.".startswith("fast_weights.")
+    }
+
+
+def joined_reports(base: dict, blocks: dict) -> dict:
+    """One loading report of a base's and its blocks', in the names of the whole model."""
+    joined: dict[str, set] = {key: {f"lm.{name}" for name in base[key]} for key in ("missing_keys", "unexpected_keys")}
+    joined["mismatched_keys"] = {(f"lm.{name}", *shapes) for name, *shapes in base["mismatched_keys"]}
+    joined = {key: names | blocks.get(key, set()) for key, names in joined.items()}
+    return {**joined, "error_msgs": [*base["error_msgs"], *blocks.get("error_msgs", ())]}
+
+
 def _check_same_base(saved: PreTrainedConfig, loaded: PreTrainedConfig) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         if getattr(saved, key, None) != getattr(loaded, key, None):
@@ -1067,20 +1264,6 @@ def _check_same_base(saved: PreTrainedConfig, loaded: PreTrainedConfig) -> None:
                 f"the base has {key}={getattr(loaded, key, None)!r}, the fast weights were made for "
                 f"{getattr(saved, key, None)!r}: base_model_name_or_path points to another model"
             )
-
-
-def _load_weights(source: Any, hub: dict) -> dict[str, torch.Tensor]:
-    """The tensors of an only-sleep checkpoint."""
-    hub = dict(hub)
-    subfolder = hub.pop("subfolder", "")
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors"], **hub))
-    folder = folder / subfolder
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(load_file(file))
-    return weights
 
 
 AutoConfig.register("sleep_lm", SleepLMConfig, exist_ok=True)

@@ -1,6 +1,7 @@
 """What every gated-delta-rule mixer has: decay and write gates, the state it carries, the gated output norm."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,24 @@ State = tuple[torch.Tensor, torch.Tensor]
 """What a fast-weight layer carries from token to token: `recurrent_state` `[B, H, K, V]` fp32 (fp64 in an fp64 model)
 and
 `conv_state` `[B, D, W]`, the last W inputs of its short convolution, oldest first."""
+
+
+GATES = ("A_log", "dt_bias")
+"""Parameters that set how fast a memory decays. Loading keeps them fp32 at least, whatever the model's dtype."""
+
+
+def keeping(fn: Callable, gates: Iterable[nn.Parameter]) -> Callable:
+    """`fn`, as `nn.Module._apply` takes it, without the cast to 16 bits where it is called with one of `gates`."""
+    kept = [t for gate in gates for t in (gate, gate.grad) if t is not None]
+
+    def apply(t: torch.Tensor) -> torch.Tensor:
+        applied = fn(t)
+        dtype = torch.promote_types(applied.dtype, torch.float32)
+        if applied.dtype in (t.dtype, dtype) or not any(t is gate for gate in kept):
+            return applied
+        return t.to(applied.device, dtype)
+
+    return apply
 
 
 class GatedRMSNorm(nn.Module):
@@ -72,6 +91,14 @@ class GatedDeltaMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(num_heads, dtype=gate_dtype))
         self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GatedDeltaMixer":
+        # .to(bfloat16), .half() and the like leave the gates what loading in that dtype leaves them: a rounded decay
+        # is forgetting at another rate.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keeping(fn, (self.A_log, self.dt_bias)), recurse=False)
 
     def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
         """Mix over time.

@@ -283,6 +283,12 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {"hidden_states": JetNemotronDecoderLayer, "attentions": Qwen2Attention}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # All initialisation here leaves loaded weights alone. transformers doubts that of custom code, and then skips a
+        # Jet layer whose own parameters were loaded, whatever else of it is missing.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
