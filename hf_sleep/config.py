@@ -318,12 +318,14 @@ class SleepLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read what `to_dict` wrote; a keyword sets a field, `sleep` just the settings that it names."""
-        asked = kwargs.pop("sleep", None)
+        """Read what `to_dict` wrote; a keyword sets a field, `sleep` and `text_config` just what they name of it."""
+        asked = kwargs.pop("sleep", None) or {}
+        choices = {f"_{key}": kwargs[key] for key in ("attn_implementation", "experts_implementation") if key in kwargs}
         made = super().from_dict(config_dict, **kwargs)
-        if asked is not None:
-            config = made[0] if isinstance(made, tuple) else made
-            config.sleep = config.sleep.changed(asked).resolve(config.text_config)
+        config = made[0] if isinstance(made, tuple) else made
+        for name, choice in choices.items():
+            setattr(config, name, choice)  # again, for a text_config that came after it
+        config.sleep = config.sleep.changed(asked).resolve(config.text_config)
         return made
 
     def to_dict(self) -> dict[str, Any]:

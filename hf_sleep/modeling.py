@@ -313,9 +313,11 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
         self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SleepForCausalLM":
-        # The gates of a hybrid base too, as loading does.
-        gates = [parameter for name, parameter in self.named_parameters() if name.rsplit(".", 1)[-1] in GATES]
-        return super()._apply(keeping(fn, gates), recurse)
+        # What loading in 16 bits keeps: the gates, a hybrid base's too, and what is computed and not loaded, as RoPE's
+        # frequencies are.
+        kept = [parameter for name, parameter in self.named_parameters() if name.rsplit(".", 1)[-1] in GATES]
+        kept += [buffer for _, buffer in self.named_non_persistent_buffers()]
+        return super()._apply(keeping(fn, kept), recurse)
 
     @property
     def decoder(self) -> Decoder:

@@ -1,19 +1,25 @@
 """Checkpoints: sharded, of new weights only, on other dtypes and devices, and what cannot be loaded again."""
 
+import copy
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import make_base, make_model, randomize, sleep_config, tokens
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_laws import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM, SleepLMConfig, SleepState
+from hf_sleep.config import BLOCK_KINDS
 
 L = 6
 LOADERS = (SleepForCausalLM, AutoModelForSleepLM, AutoModelForCausalLM)
@@ -358,3 +364,447 @@ def test_a_base_on_disk_is_retrofitted(bases, tmp_path):
     assert {p.device.type for p in model.lm.model.parameters()} == {"meta"}
     plain = AutoModelForSleepLM.from_pretrained(bases("llama"), sleep=sleep_config("llama", window_size=L))
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+# Weights that are not there.
+
+BLOCKS = {"block_num_heads": 2, "block_head_dim": 8, "block_layers": (0, 2)}
+
+
+@pytest.fixture
+def dirty_memory():
+    """Memory that nobody wrote to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_fresh(model: SleepForCausalLM, *, but: frozenset[str] = frozenset()) -> None:
+    """Blocks as a retrofit makes them; the parameters named in `but` are not looked at."""
+    assert model.fast_weights
+    for name, parameter in model.fast_weights.named_parameters():
+        if f"fast_weights.{name}" in but:
+            continue
+        values = parameter.detach().float()
+        assert values.isfinite().all(), name
+        if name.endswith("A_log"):
+            assert parameter.dtype == torch.float32
+            assert math.log(1e-4) <= values.min() <= values.max() <= math.log(16)
+        elif name.endswith("dt_bias"):
+            assert parameter.dtype == torch.float32
+            step = F.softplus(values)
+            assert 0.99e-3 <= step.min() <= step.max() <= 0.101
+        elif name.endswith("o_proj.weight"):
+            assert not values.any()
+        elif name.endswith("norm.weight"):
+            assert (values == 1).all()
+        elif name.endswith("w2.bias"):
+            taps = values.view(-1, 4)
+            assert not taps[:, :3].any()
+            assert (taps[:, 3] == 1).all()
+        else:
+            assert values.std() > 0, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "ouro", "jet_nemotron"])
+def test_a_model_made_from_its_config_is_an_untrained_retrofit(family, kind, dtype, dirty_memory):
+    text = make_base(family).config
+    sleep = SleepConfig(window_size=L, block_kind=kind, **BLOCKS)
+    models = [AutoModelForCausalLM.from_config(SleepLMConfig(text_config=text, sleep=sleep), dtype=dtype)]
+    if dtype == "float32":
+        models.append(SleepForCausalLM(SleepLMConfig(text_config=text, sleep=sleep)))
+    for model in models:
+        assert_fresh(model.eval())
+        assert model.dtype == getattr(torch, dtype)
+        assert all(p.isfinite().all() for p in model.parameters())
+        ids = IDS[:, :L]
+        assert torch.equal(model(ids).logits, model.lm(ids).logits)
+
+
+def without(folder: Path, names: set[str]) -> None:
+    """Take tensors out of a checkpoint."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    assert names <= weights.keys()
+    save_file({k: v for k, v in weights.items() if k not in names}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
+@pytest.mark.parametrize("only_sleep", [False, True])
+def test_missing_blocks_are_made_and_reported(only_sleep, kind, dtype, device_map, bases, tmp_path, dirty_memory):
+    model = retrofit(bases("llama"), sleep=SleepConfig(window_size=L, block_kind=kind, **BLOCKS), dtype=dtype)
+    for some in (False, True):
+        model.save_pretrained(tmp_path, only_sleep=only_sleep)
+        blocks = {f"fast_weights.{name}" for name in model.fast_weights.state_dict()}
+        missing = blocks
+        if some:
+            kinds = ("2.mixer.A_log", "2.mixer.q_proj.weight", "2.norm.weight", "2.mixer.o_proj.weight")
+            missing = {name for name in blocks if name.endswith((*kinds, "w2.bias"))}
+        without(tmp_path, missing)
+        with_map = {} if device_map is None else {"device_map": device_map}
+        loaded, report = AutoModelForSleepLM.from_pretrained(tmp_path, output_loading_info=True, **with_map)
+        assert report["missing_keys"] == missing
+        assert not report["unexpected_keys"]
+        assert_fresh(loaded, but=frozenset(blocks - missing))
+        for name, weight in loaded.state_dict().items():
+            assert name in missing or torch.equal(weight, model.get_parameter(name)), name
+        if not some:
+            assert torch.equal(loaded(IDS[:, :L]).logits, loaded.lm(IDS[:, :L]).logits)
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [("jet_nemotron", "model.layers.0."), ("ouro", "model.layers.1."), ("qwen3_next", "model.layers.0.mlp.")],
+)
+def test_missing_weights_of_the_base_are_made(family, layer, asleep, tmp_path, dirty_memory):
+    model = make_model(family, sleep_config(family, window_size=L)) if asleep else make_base(family)
+    model.save_pretrained(tmp_path)
+    prefix = f"lm.{layer}" if asleep else layer
+    # Whoever looks at a layer's own parameters alone sees a layer that was loaded.
+    missing = {
+        name
+        for name in load_file(tmp_path / "model.safetensors")
+        if name.startswith(prefix) and not name.endswith(("A_log", "dt_bias"))
+    }
+    assert missing
+    without(tmp_path, missing)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert len(report["missing_keys"]) > 1
+    assert all(p.isfinite().all() for p in loaded.parameters())
+    assert loaded(IDS).logits.isfinite().all()
+    if family == "jet_nemotron":
+        bias = loaded.get_parameter(f"{prefix}self_attn.dynamic_conv1d.kernel_generator.w2.bias")
+        assert (bias.view(-1, 4)[:, 3] == 1).all()  # taps of zero would let no gradient through
+
+
+# Casting.
+
+CASTS = {
+    "to": lambda model, dtype: model.to(dtype),
+    "to device": lambda model, dtype: model.to("cpu", dtype),
+    "named": lambda model, dtype: model.bfloat16() if dtype == torch.bfloat16 else model.half(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3_next", "qwen3_5", "olmo_hybrid", "jet_nemotron"])
+def test_casting_leaves_what_loading_in_that_dtype_leaves(family, dtype, cast, tmp_path):
+    model = make_model(family, sleep_config(family, window_size=L))
+    model.save_pretrained(tmp_path)
+    whole = model.state_dict()
+    model = CASTS[cast](copy.deepcopy(model), dtype)
+    loaded = SleepForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert_same_weights(model, loaded)
+    gates = [name for name in whole if name.endswith(("A_log", "dt_bias"))]
+    assert len(gates) == (4 if family == "llama" else 6)
+    for name in gates:
+        assert torch.equal(model.get_parameter(name), whole[name])
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+
+
+@pytest.mark.parametrize("port", ["JetNemotronModel", "JetNemotronForCausalLM"])
+def test_casting_a_port_leaves_what_loading_leaves(port, tmp_path):
+    base = make_base("jet_nemotron")
+    base.save_pretrained(tmp_path)
+    model, loaded = base, type(base).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    if port == "JetNemotronModel":
+        model, loaded = base.model, type(base.model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_same_weights(model.bfloat16(), loaded)
+    # RoPE's frequencies are cast as in any stock model.
+    loaded.get_decoder().rotary_emb.bfloat16()
+    assert torch.equal(model(IDS)[0], loaded(IDS)[0])
+
+
+def test_gates_are_kept_wherever_blocks_are_cast_and_follow_to_float64():
+    model = make_model("llama", sleep_config("llama", block_kind="gated_delta_net"))
+    model(IDS, labels=IDS).loss.backward()
+    values = {name: p.detach().clone() for name, p in model.fast_weights.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in model.fast_weights.named_parameters()}
+    # As PEFT copies them for modules_to_save.
+    for blocks in (copy.deepcopy(model.fast_weights), model.fast_weights):
+        blocks.to(torch.bfloat16)
+        for name, parameter in blocks.named_parameters():
+            gate = name.endswith(("A_log", "dt_bias"))
+            assert parameter.dtype == (torch.float32 if gate else torch.bfloat16), name
+            if gate:
+                assert torch.equal(parameter, values[name])
+            if parameter.grad is not None:
+                assert parameter.grad.dtype == parameter.dtype
+                assert not gate or torch.equal(parameter.grad, gradients[name])
+    model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model.to(torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias"))} == {torch.float32}
+    model.float()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    empty = model.to("meta").to(torch.bfloat16)
+    assert empty.fast_weights["0"].mixer.A_log.dtype == torch.float32
+    empty.to_empty(device="cpu")
+    assert empty.fast_weights["0"].mixer.A_log.device.type == "cpu"
+
+
+# An only-sleep checkpoint is loaded as a whole one is.
+
+KINDS = pytest.mark.parametrize("only_sleep", [False, True])
+
+
+@KINDS
+def test_the_generation_config_is_the_checkpoints(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"))
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [7, 9], 11
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    for loader in LOADERS:
+        loaded = loader.from_pretrained(tmp_path)
+        assert loaded.generation_config.eos_token_id == [7, 9]
+        assert loaded.generation_config.max_new_tokens == 11
+    other = GenerationConfig(max_new_tokens=5)
+    assert AutoModelForSleepLM.from_pretrained(tmp_path, generation_config=other).generation_config.max_new_tokens == 5
+
+
+ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_parameters": ROPE}),
+        ("mistral_window", {"sliding_window": 3}),
+        ("llama", {"rms_norm_eps": 0.5}),
+        ("ouro", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ],
+)
+def test_settings_that_the_base_was_loaded_with_are_kept(family, settings, only_sleep, bases, tmp_path):
+    plain = retrofit(bases(family))(IDS).logits
+    for folder, given in (("at loading", settings), ("afterwards", {})):
+        model = retrofit(bases(family), **given)
+        if not given:
+            for name, value in settings.items():
+                setattr(model.lm.config, name, value)
+        model.save_pretrained(tmp_path / folder, only_sleep=only_sleep)
+        loaded = AutoModelForSleepLM.from_pretrained(tmp_path / folder)
+        for name, value in settings.items():
+            assert getattr(loaded.lm.config, name) == value
+        assert loaded.config.text_config is loaded.lm.config
+        if given:
+            assert_close(loaded(IDS).logits, model(IDS).logits, 1e-5)
+        assert (loaded(IDS).logits - plain).abs().max() > 1e-3
+
+
+@KINDS
+def test_fields_of_the_config_are_keywords(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"))
+    model.config.note = "kept"
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    for loader in LOADERS:
+        loaded = loader.from_pretrained(
+            tmp_path, text_config={"rope_parameters": ROPE}, sleep={"sleep_passes": 4}, attn_implementation="eager"
+        )
+        assert loaded.lm.config.rope_parameters == ROPE
+        assert loaded.config.text_config is loaded.lm.config
+        assert loaded.config.sleep == dataclasses.replace(model.config.sleep, sleep_passes=4)
+        assert loaded.lm.config._attn_implementation == loaded.config._attn_implementation == "eager"
+        assert loaded.config.note == "kept"
+        assert (loaded(IDS).logits - model(IDS).logits).abs().max() > 1e-3
+    config = SleepLMConfig.from_pretrained(tmp_path)
+    config.sleep = dataclasses.replace(config.sleep, window_size=4)
+    loaded = AutoModelForSleepLM.from_pretrained(tmp_path, config=config, sleep={"sleep_passes": 5})
+    assert (loaded.config.sleep.window_size, loaded.config.sleep.sleep_passes) == (4, 5)
+    assert config.sleep.sleep_passes == 3  # the caller's is left alone
+
+
+@KINDS
+def test_only_the_checkpoints_own_files_are_read(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"))
+    for shards in ({}, {"max_shard_size": "5KB"}):
+        folder = tmp_path / str(len(shards))
+        model.save_pretrained(folder, only_sleep=only_sleep, **shards)
+        for name in ("old.safetensors", "zzz.safetensors"):
+            save_file(
+                {k: torch.zeros_like(v) for k, v in model.fast_weights.state_dict(prefix="fast_weights.").items()},
+                folder / name,
+                {"format": "pt"},
+            )
+        cache = SleepCache()
+        model(IDS, cache=cache)
+        SleepState.from_cache(model, cache).save(folder / "memory.safetensors")
+        assert_same_weights(AutoModelForSleepLM.from_pretrained(folder), model)
+
+
+@KINDS
+def test_a_variant_is_loaded_by_its_name(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"))
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    randomize(model.fast_weights, 8)
+    model.save_pretrained(tmp_path, only_sleep=only_sleep, variant="eight")
+    model.save_pretrained(tmp_path, only_sleep=only_sleep, variant="shards", max_shard_size="5KB")
+    for variant in ("eight", "shards"):
+        assert_same_weights(AutoModelForSleepLM.from_pretrained(tmp_path, variant=variant), model)
+    with pytest.raises(OSError, match=r"model\.fp16\.safetensors"):
+        AutoModelForSleepLM.from_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(AssertionError):
+        assert_same_weights(AutoModelForSleepLM.from_pretrained(tmp_path), model)
+
+
+@KINDS
+def test_keywords_of_loading_mean_what_they_mean_elsewhere(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"))
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    for keywords in (
+        {"trust_remote_code": True, "code_revision": None, "revision": "main"},
+        {"use_safetensors": True, "weights_only": True, "low_cpu_mem_usage": True, "disable_mmap": True},
+        {"ignore_mismatched_sizes": True, "key_mapping": {"^nothing": "else"}, "local_files_only": True},
+        {"device_map": {"": "cpu"}},
+        {"device_map": {"lm.model": "cpu", "lm.lm_head": "cpu", "fast_weights": "cpu"}},
+    ):
+        assert_same_weights(AutoModelForSleepLM.from_pretrained(tmp_path, **keywords), model)
+    with pytest.raises(OSError, match=r"pytorch_model\.bin"):
+        AutoModelForSleepLM.from_pretrained(tmp_path, use_safetensors=False)
+    with pytest.raises(ValueError, match="`state_dict` cannot be passed together with a model name"):
+        AutoModelForSleepLM.from_pretrained(tmp_path, state_dict={})
+    with pytest.raises(TypeError, match="nonsense"):
+        AutoModelForSleepLM.from_pretrained(tmp_path, nonsense=1)
+    names = (
+        list(model.state_dict()) if not only_sleep else [f"fast_weights.{n}" for n in model.fast_weights.state_dict()]
+    )
+    given = {name: model.state_dict()[name].clone() for name in names}
+    config = SleepLMConfig.from_pretrained(tmp_path)
+    assert_same_weights(SleepForCausalLM.from_pretrained(None, config=config, state_dict=given), model)
+    # Names of another making are mapped, shapes of another are reported.
+    file = tmp_path / "model.safetensors"
+    weights = {k.replace("fast_weights.", "memory."): v for k, v in load_file(file).items()}
+    weights["memory.0.norm.weight"] = torch.ones(3)
+    save_file(weights, file, {"format": "pt"})
+    keywords = {"key_mapping": {"^memory": "fast_weights"}, "ignore_mismatched_sizes": True}
+    loaded, report = AutoModelForSleepLM.from_pretrained(tmp_path, output_loading_info=True, **keywords)
+    assert {name for name, *_ in report["mismatched_keys"]} == {"fast_weights.0.norm.weight"}
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    for name, weight in loaded.state_dict().items():
+        fresh = name == "fast_weights.0.norm.weight"
+        assert torch.equal(weight, torch.ones(32) if fresh else model.get_parameter(name)), name
+
+
+def test_a_report_names_what_the_base_lacks_too(bases, tmp_path):
+    base = shutil.copytree(bases("llama"), tmp_path / "base")
+    retrofit(base).save_pretrained(tmp_path / "new", only_sleep=True)
+    without(base, {"model.norm.weight"})
+    _, report = AutoModelForSleepLM.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert report["missing_keys"] == {"lm.model.norm.weight"}
+    model, report = AutoModelForSleepLM.from_pretrained(base, output_loading_info=True)
+    blocks = {f"fast_weights.{name}" for name in model.fast_weights.state_dict()}
+    assert report["missing_keys"] == {"lm.model.norm.weight"} | blocks
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@KINDS
+def test_an_adapter_is_loaded_with_its_checkpoint(only_sleep, dtype, beside, bases, tmp_path):
+    model = retrofit(bases("llama"))
+    model.save_pretrained(tmp_path / "model", only_sleep=only_sleep)
+    peft = get_peft_model(
+        AutoModelForSleepLM.from_pretrained(tmp_path / "model"),
+        LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    randomize(peft.base_model.model, 4)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora" not in name:
+                parameter.copy_(model.get_parameter(name.removeprefix("base_model.model.").replace(".base_layer", "")))
+    folder = tmp_path / ("model" if beside else "adapter")
+    peft.save_pretrained(folder)
+    for loader in LOADERS:
+        loaded = loader.from_pretrained(folder, dtype=dtype)
+        assert type(loaded) is SleepForCausalLM
+        assert list(loaded.peft_config) == ["default"]
+        lora = {name: p for name, p in loaded.named_parameters() if "lora" in name}
+        assert len(lora) == 12
+        assert {p.dtype for p in lora.values()} == {getattr(torch, dtype)}
+        if dtype == "float32":
+            assert torch.equal(loaded(IDS).logits, peft(IDS).logits)
+    with pytest.raises(AssertionError):
+        assert_close(peft(IDS).logits, model(IDS).logits, 1e-3)
+
+
+def test_an_adapter_of_a_base_is_refused(bases, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(bases("llama"))
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds an adapter for .*llama-0, which does not sleep. Merge it first"):
+        AutoModelForSleepLM.from_pretrained(tmp_path)
+
+
+# Doors that lead elsewhere.
+
+
+def test_a_base_is_refused_where_a_sleep_checkpoint_is_asked_for(bases, tmp_path):
+    retrofit(bases("llama")).save_pretrained(tmp_path)
+    config = SleepLMConfig.from_pretrained(tmp_path)
+    message = r"has model_type='llama', so it is no checkpoint of a sleeping model.* use AutoModelForSleepLM"
+    for load in (
+        lambda: SleepForCausalLM.from_pretrained(bases("llama")),
+        lambda: SleepLMConfig.from_pretrained(bases("llama")),
+        lambda: SleepForCausalLM.from_pretrained(bases("llama"), config=config),
+        lambda: AutoModelForSleepLM.from_pretrained(bases("llama"), config=config),
+        lambda: SleepForCausalLM.from_pretrained(tmp_path, config=config.text_config),
+        lambda: SleepForCausalLM.from_pretrained(tmp_path, config=bases("llama")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+    assert type(AutoModelForSleepLM.from_pretrained(tmp_path, config=tmp_path)) is SleepForCausalLM
+
+
+@pytest.mark.parametrize("what", ["base", "whole", "only"])
+def test_settings_of_the_sleep_have_their_place(what, bases, tmp_path):
+    folder = bases("llama")
+    if what != "base":
+        folder = tmp_path
+        retrofit(bases("llama")).save_pretrained(folder, only_sleep=what == "only")
+    for name, value in {"window_size": 64, "eviction": "sliding", "block_kind": "jet"}.items():
+        with pytest.raises(TypeError, match=rf"{name} is a setting of the sleep: pass sleep=\{{'{name}': {value!r}\}}"):
+            AutoModelForSleepLM.from_pretrained(folder, **{name: value})
+    if what != "base":
+        with pytest.raises(
+            TypeError, match=r"rms_norm_eps is a setting of the base: pass text_config=\{'rms_norm_eps'"
+        ):
+            AutoModelForSleepLM.from_pretrained(folder, rms_norm_eps=0.1)
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize("shards", [None, "5KB"])
+@pytest.mark.parametrize("variant", [None, "v"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen3", "olmo_hybrid", "ouro"])
+@KINDS
+def test_saving_and_loading_again_and_again_changes_nothing(
+    only_sleep, family, dtype, variant, shards, bases, tmp_path
+):
+    saving = {"only_sleep": only_sleep, "variant": variant} | ({"max_shard_size": shards} if shards else {})
+    model = retrofit(
+        bases(family), dtype=dtype, sleep=sleep_config(family, window_size=L, block_kind="gated_delta_net")
+    )
+    model.generation_config.max_new_tokens = 7
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "0", **saving)
+    for round in range(2):
+        model = AutoModelForSleepLM.from_pretrained(tmp_path / str(round), variant=variant)
+        assert model.generation_config.max_new_tokens == 7
+        assert torch.equal(model(IDS).logits, expected)
+        model.save_pretrained(tmp_path / str(round + 1), **saving)
+        assert stored(tmp_path / str(round + 1)) == stored(tmp_path / str(round))
+        first, second = (json.loads((tmp_path / str(n) / "config.json").read_text()) for n in (round, round + 1))
+        for config in (first, second):
+            config["text_config"].pop("_name_or_path", None)
+        assert first == second
+    changed = AutoModelForSleepLM.from_pretrained(tmp_path / "2", variant=variant, sleep={"sleep_passes": 3})
+    changed.save_pretrained(tmp_path / "3", **saving)
+    again = AutoModelForSleepLM.from_pretrained(tmp_path / "3", variant=variant)
+    assert again.config.sleep.sleep_passes == 3
+    assert_same_weights(again, model)
+    assert torch.equal(again(IDS).logits, changed(IDS).logits)

@@ -20,14 +20,14 @@ GATES = ("A_log", "dt_bias")
 """Parameters that set how fast a memory decays. Loading keeps them fp32 at least, whatever the model's dtype."""
 
 
-def keeping(fn: Callable, gates: Iterable[nn.Parameter]) -> Callable:
-    """`fn`, as `nn.Module._apply` takes it, without the cast to 16 bits where it is called with one of `gates`."""
-    kept = [t for gate in gates for t in (gate, gate.grad) if t is not None]
+def keeping(fn: Callable, tensors: Iterable[torch.Tensor]) -> Callable:
+    """`fn`, as `nn.Module._apply` takes it, without the cast to 16 bits where it is called with one of `tensors`."""
+    kept = [t for tensor in tensors for t in (tensor, tensor.grad) if t is not None]
 
     def apply(t: torch.Tensor) -> torch.Tensor:
         applied = fn(t)
         dtype = torch.promote_types(applied.dtype, torch.float32)
-        if applied.dtype in (t.dtype, dtype) or not any(t is gate for gate in kept):
+        if applied.dtype in (t.dtype, dtype) or not any(t is tensor for tensor in kept):
             return applied
         return t.to(applied.device, dtype)
 
