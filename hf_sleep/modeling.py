@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .cache import SleepCache
-from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
+from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
 from .config import SleepConfig, SleepLMConfig, check_keywords, check_model_type
 from .decoders import Decoder, decoder_for
 from .dtypes import emulated_dtype_of
