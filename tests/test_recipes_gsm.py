@@ -165,6 +165,26 @@ def test_what_is_not_to_be_trained_stays(recipe, base, stage, tmp_path):
     assert all(tensor.abs().sum() > 0 for tensor in outputs)
 
 
+def test_the_seed_is_of_a_retrofits_blocks_and_a_checkpoint_keeps_its_own(recipe, base, tmp_path):
+    gsm = recipe("finetune_gsm")
+
+    def load(seed, source):
+        options = gsm.parse_arguments(
+            ["--model", str(source), "--output", str(tmp_path / "run"), "--window-size", "40"]
+        )
+        torch.manual_seed(seed)
+        return gsm.load(options)
+
+    first, again, other = (load(seed, base).fast_weights.state_dict() for seed in (1, 1, 2))
+    drawn = [name for name in first if name.endswith(("proj.weight", "A_log")) and "o_proj" not in name]
+    assert drawn
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    load(1, base).save_pretrained(tmp_path / "asleep")
+    kept = load(2, tmp_path / "asleep").fast_weights.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in first.items())
+
+
 def test_two_processes_train_as_one_and_write_once(recipe, base, tmp_path):
     options = ["--model", base, *QUICK, "--no-bf16", "--whole-model", "--muon-learning-rate", "0"]
     recipe("finetune_gsm").main([*options, "--output", str(tmp_path / "one")])

@@ -106,6 +106,17 @@ def test_models_that_are_compared_start_alike(recipe):
     assert one.fast_weights["0"].mixer.o_proj.weight.std() > 0.01
 
 
+@pytest.mark.parametrize("kind", ["jet", "gated_delta_net"])
+def test_the_seed_is_of_every_weight(recipe, kind):
+    """A retrofit's blocks follow from its base; what is trained from nothing follows from the seed."""
+    hybrid = recipe("from_scratch").hybrid
+    first, again, other = (hybrid(20, 8, 2, block_kind=kind, seed=seed).state_dict() for seed in (1, 1, 2))
+    constant = {name for name, value in first.items() if not value.std(unbiased=False)}
+    same = {name for name, value in first.items() if torch.equal(value, other[name])}
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert {name for name in same - constant if not name.endswith("w2.bias")} == set()
+
+
 def test_other_numbers_of_passes_are_evaluated_on_the_same_model(recipe, tmp_path):
     (result,) = recipe("train_khop").main(
         [*QUICK, "--sleep-passes", "2", "--eval-passes", "1", "3", "--output", str(tmp_path / "run")]
