@@ -146,7 +146,7 @@ class Generation(GenerationEvaluation):
 def load(options: argparse.Namespace) -> SleepForCausalLM:
     sleep = {name: getattr(options, name) for name in SLEEP_FIELDS if getattr(options, name) is not None}
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
-    if not isinstance(AutoConfig.from_pretrained(options.model), SleepLMConfig):
+    if model.config.base_model_name_or_path == options.model:
         for block in model.fast_weights.values():
             block.init_weights(model.lm.config.initializer_range)  # from the seed: a retrofit's follow from its base
     if not options.whole_model:

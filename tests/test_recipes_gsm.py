@@ -292,8 +292,10 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):
     published = SimpleNamespace(
         num_hidden_layers=24, hidden_size=2048, num_attention_heads=16, max_position_embeddings=65536
     )
-    seen = {}
-    monkeypatch.setattr(AutoModelForSleepLM, "from_pretrained", lambda name, sleep, dtype: seen.update(sleep))
+    seen, stand_in = {}, SimpleNamespace(config=SimpleNamespace(base_model_name_or_path=None))
+    monkeypatch.setattr(
+        AutoModelForSleepLM, "from_pretrained", lambda name, sleep, dtype: seen.update(sleep) or stand_in
+    )
     recipe("finetune_gsm").load(sliding)
     sleep = SleepConfig(**seen).resolve(published)
     assert (sleep.num_blocks, sleep.block_num_heads, sleep.block_head_dim) == (6, 12, 96)

@@ -92,9 +92,13 @@ def test_it_learns_through_sleep_and_muon_is_not_adamw(tmp_path):
     """The bits are evicted before the answer is asked for: without memory the loss stays above 0.66."""
     task, losses = Rule110(width=6, steps=1, num_strings=1), {}
     for rate in (1e-2, None):
+        model = tiny(trained=False)
+        torch.manual_seed(0)
+        for block in model.fast_weights.values():
+            block.init_weights(0.02)
         trainer = trainer_of(
             tmp_path,
-            tiny(trained=False),
+            model,
             task.dataset(512),
             max_steps=60,
             per_device_train_batch_size=32,
