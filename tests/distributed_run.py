@@ -36,6 +36,13 @@ DDP = {
     "hybrid": {"family": "qwen3_5", "sleep": SLIDING},
     "ragged": {"lengths": RAGGED},
     "answers": {"lengths": RAGGED, "answers_only": True},
+    "all_labels_left": {
+        "lengths": RAGGED,
+        "padding_side": "left",
+        "all_labels": True,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    },
     "muon": {"muon_learning_rate": 1e-2},
     "schedule": {"drawn_passes": True},
     "evaluated_first": {"evaluate_first": True},
@@ -78,6 +85,14 @@ def rows(lengths, answers_only=False):
     return made
 
 
+class AllLabels(SleepCollator):
+    """As transformers' DataCollatorForLanguageModeling: a row's first token has a label, too."""
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
 class Recorder(TrainerCallback):
     """N of every step, as the model had it."""
 
@@ -109,10 +124,12 @@ def make_trainer(folder, fsdp=False, **case):
         "plain": False,
         "padding_side": "right",
         "drawn_passes": False,
+        "all_labels": False,
         "per_device_train_batch_size": 2,
     } | case
     own = {key: case.pop(key) for key in ("family", "sleep", "dtype", "lengths", "answers_only", "plain")}
     padding_side, drawn = case.pop("padding_side"), case.pop("drawn_passes")
+    collator = AllLabels if case.pop("all_labels") else SleepCollator
     case["per_device_train_batch_size"] *= 2 // world
     args = {
         "output_dir": str(folder),
@@ -133,7 +150,7 @@ def make_trainer(folder, fsdp=False, **case):
     model = make_model(own["family"], sleep_config(own["family"], **{"sleep_passes": 2} | own["sleep"]), own["dtype"])
     recorder = Recorder()
     given = {
-        "data_collator": SleepCollator(padding_side),
+        "data_collator": collator(padding_side),
         "train_dataset": data,
         "eval_dataset": rows(own["lengths"])[:8],
         "callbacks": [SleepPassesSchedule(1, 4, seed=1)] * drawn + [recorder],
