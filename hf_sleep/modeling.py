@@ -34,7 +34,6 @@ from .dtypes import emulated_dtype_of
 from .generation import RecurrentGenerationMixin
 from .hub import (
     AUTO_MAP,
-    REMOTE_CODE_FILE,
     TAGS,
     CardFacts,
     Repository,
@@ -217,7 +216,17 @@ class SleepBlocks(SleepPreTrainedModel):
     def __init__(self, config: SleepLMConfig):
         super().__init__(config)
         self.fast_weights = self.make_blocks()
+        self.report: Any = None
         self.post_init()
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        model.report = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        return model.report
+
+    def load_adapter(self, *_: Any, **__: Any) -> Any:
+        # An adapter beside the weights is the whole model's: it is loaded there.
+        return self.report
 
 
 class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
@@ -1049,10 +1058,8 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
         base, base_report = _base_of(config, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in (*BASE_KEYWORDS, "dtype", "torch_dtype")}
         adapter = adapter_kwargs.pop("_adapter_model_path", None)
-        # An adapter beside the weights is the whole model's: let it not be found where these alone are loaded.
-        elsewhere = {"adapter_kwargs": {"subfolder": REMOTE_CODE_FILE}} if adapter == name else {}
         blocks, report = SleepBlocks.from_pretrained(
-            name, *args, config=config, dtype=base.dtype, output_loading_info=True, **elsewhere, **kwargs
+            name, *args, config=config, dtype=base.dtype, output_loading_info=True, **kwargs
         )
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
         if missing and unexpected:
