@@ -22,6 +22,10 @@ _RENAMED = Version("5.24.0.dev0") <= TRANSFORMERS
 CACHE = "cache" if _RENAMED else "past_key_values"
 """The name under which transformers' own modules take their cache, and under which an output is built with one."""
 
+# With 5.23, which renamed the training argument and the model's methods; of the old names it warns.
+CHECKPOINTING = "activation_checkpointing" if Version("5.23.0.dev0") <= TRANSFORMERS else "gradient_checkpointing"
+"""The training argument that recomputes activations, and with `_enable` the model's method."""
+
 if _RENAMED:
     CausalLMOutputWithPast = modeling_outputs.CausalLMOutputWithPast
     BaseModelOutputWithPast = modeling_outputs.BaseModelOutputWithPast

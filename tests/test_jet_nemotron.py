@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sleep import SleepConfig, SleepLMConfig
+from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.layers import Jet
 from hf_sleep.models import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel
 from hf_sleep.ops import dynamic_short_convolution, gated_delta_rule
@@ -821,7 +822,7 @@ def test_checkpointing_is_invisible(model, golden, reentrant):
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: runs.append(0))
     plain = gradients(model, ids, **inputs)
     assert len(runs) == 1
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     same_gradients(gradients(model, ids, **inputs), plain)
     assert len(runs) == 3

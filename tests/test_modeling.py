@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
 from hf_sleep import modeling as modeling_module
-from hf_sleep.compat import CACHE
+from hf_sleep.compat import CACHE, CHECKPOINTING
 
 L = 5
 
@@ -512,7 +512,7 @@ def test_plain_trainer_trains_it(checkpointing, tmp_path):
         per_device_train_batch_size=2,
         per_device_eval_batch_size=4,
         gradient_accumulation_steps=2,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
         learning_rate=1e-2,
         logging_steps=1,
         report_to="none",
