@@ -28,6 +28,7 @@ from run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig, default_dtype
+from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.data import GSMInfinite
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
@@ -163,7 +164,7 @@ def training_arguments(options: argparse.Namespace, folder: Path, eval_on_start:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         muon_learning_rate=options.muon_learning_rate or None,
         learning_rate=options.learning_rate,
-        activation_checkpointing=options.checkpointing,
+        **{CHECKPOINTING: options.checkpointing},
         bf16=options.bf16,
         eval_on_start=eval_on_start,
         logging_steps=max(1, options.steps // 100),

@@ -19,6 +19,7 @@ from families import make_model, sleep_config, tokens
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
+from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.state import fingerprint
 from hf_sleep.training import SleepCollator, SleepPassesSchedule, SleepTrainer, SleepTrainingArguments
 
@@ -29,10 +30,10 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 DDP = {
     "sleep_trainer": {},
     "plain_trainer": {"plain": True},
-    "checkpointing": {"activation_checkpointing": True},
-    "plain_checkpointing": {"plain": True, "activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
+    "plain_checkpointing": {"plain": True, CHECKPOINTING: True},
     "ouro": {"family": "ouro"},
-    "ouro_checkpointing": {"family": "ouro", "activation_checkpointing": True},
+    "ouro_checkpointing": {"family": "ouro", CHECKPOINTING: True},
     "hybrid": {"family": "qwen3_5", "sleep": SLIDING},
     "ragged": {"lengths": RAGGED},
     "answers": {"lengths": RAGGED, "answers_only": True},
@@ -54,13 +55,13 @@ MUON = {"muon_learning_rate": 1e-2, "exact_muon": True}
 FSDP = {
     "sleep_trainer": {},
     "plain_trainer": {"plain": True},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
     "sliding": {"sleep": SLIDING},
-    "sliding_checkpointing": {"sleep": SLIDING, "activation_checkpointing": True},
+    "sliding_checkpointing": {"sleep": SLIDING, CHECKPOINTING: True},
     "tied": {"family": "qwen3", "lengths": RAGGED},
-    "ouro": {"family": "ouro", "lengths": RAGGED, "activation_checkpointing": True},
+    "ouro": {"family": "ouro", "lengths": RAGGED, CHECKPOINTING: True},
     "hybrid": {"family": "qwen3_5", "sleep": SLIDING, "lengths": RAGGED},
-    "hybrid_checkpointing": {"family": "qwen3_next", "activation_checkpointing": True},
+    "hybrid_checkpointing": {"family": "qwen3_next", CHECKPOINTING: True},
     "jet": {"family": "jet_nemotron", "sleep": SLIDING},
     "ragged_loop": {"lengths": RAGGED, "answers_only": True, "sleep": {"loop_layers": (1, 3)}, "evaluate": True},
     "ragged_left": {"lengths": RAGGED, "padding_side": "left", "backprop_windows": 2},
@@ -202,7 +203,7 @@ def refusals(folder):
         "only_sleep": message(lambda: model.save_pretrained(folder / "only_sleep", only_sleep=True)),
         "whole": message(lambda: model.save_pretrained(folder / "whole")),
     }
-    arguments = sharded({"output_dir": str(folder / "refusals"), "use_cpu": True}, activation_checkpointing=True)
+    arguments = sharded({"output_dir": str(folder / "refusals"), "use_cpu": True}, **{CHECKPOINTING: True})
     messages["own_checkpointing"] = message(lambda: SleepTrainer(make_model("llama", sleep_config("llama")), arguments))
     plain, _ = make_trainer(folder / "refusals", fsdp=True, max_steps=1, plain=True, bf16=True, dtype=torch.float32)
     messages["casts"] = message(plain.train)

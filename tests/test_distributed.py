@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from hf_sleep import SleepForCausalLM
+from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.training import SleepTrainer, SleepTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +178,7 @@ def test_nothing_warns_of_what_fsdp_cannot_watch(fsdp):
         ("only_sleep", "save with trainer.save_model"),
         ("whole", "save with trainer.save_model"),
         ("casts", "FSDP's mixed precision casts them"),
-        ("own_checkpointing", "set the training argument activation_checkpointing=True"),
+        ("own_checkpointing", f"set the training argument {CHECKPOINTING}=True"),
     ],
 )
 def test_fsdp_refuses(what, message, fsdp):

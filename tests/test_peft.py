@@ -14,6 +14,7 @@ from test_saving import assert_same_weights
 from transformers import Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState, sleep_lora_config
+from hf_sleep.compat import CHECKPOINTING
 
 L = 6
 IDS = tokens(3 * L + 2)[None]
@@ -290,7 +291,7 @@ def test_the_trainer_trains_and_saves_an_adapter(checkpointing, tmp_path):
         disable_tqdm=True,
         use_cpu=True,
         logging_steps=1,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
     )
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
     trainer = Trainer(model=model, args=args, train_dataset=rows)

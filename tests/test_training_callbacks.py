@@ -10,6 +10,7 @@ from families import make_model, sleep_config, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sleep import SleepCache
+from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.data.khop import KHop
 from hf_sleep.data.rule110 import Rule110
 from hf_sleep.layers.recurrence import GatedDeltaMixer
@@ -305,8 +306,9 @@ def test_several_ranks_and_precisions_that_cannot_work_are_refused(tmp_path, mon
     model = tiny()
     with pytest.raises(ValueError, match="NonFiniteGuard: with fp16=True"):
         NonFiniteGuard().on_train_begin(SimpleNamespace(fp16=True), None, None, model=model)
-    ranks = SimpleNamespace(world_size=2, activation_checkpointing=True, ddp_find_unused_parameters=None)
-    for ranks.ddp_find_unused_parameters, ranks.activation_checkpointing in ((None, True), (False, False)):
+    ranks = SimpleNamespace(world_size=2)
+    for unused, checkpointing in ((None, True), (False, False)):
+        vars(ranks).update({"ddp_find_unused_parameters": unused, CHECKPOINTING: checkpointing})
         with pytest.raises(ValueError, match="on several ranks needs ddp_find_unused_parameters=True"):
             HardEvictionWarmup(1).on_train_begin(ranks, None, None, model=model)
     with pytest.raises(ValueError, match=r"epochs=1.5 with ignore_data_skip=True: .* Give the stage in steps"):
@@ -439,7 +441,7 @@ def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, t
         max_steps=1,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
     )
     measured = measurements(trainer)[0]
     names = {name for name in measured if name.startswith("gradient_norm")}
@@ -456,7 +458,7 @@ def test_nothing_of_a_step_outlives_it(eviction, checkpointing, tmp_path):
     """A hook on a tensor that holds the tensor is a cycle which no collector sees: the graph would stay for ever."""
     model = tiny(eviction=eviction, sleep_passes=3)
     callbacks = [NonFiniteGuard(), SleepPassesSchedule(1, 3, seed=0)]
-    trainer = trainer_of(tmp_path, model, callbacks, max_steps=5, activation_checkpointing=checkpointing)
+    trainer = trainer_of(tmp_path, model, callbacks, max_steps=5, **{CHECKPOINTING: checkpointing})
     trainer.add_callback(SleepMonitor(trainer, every=1))
     left = []
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sleep import SleepForCausalLM
+from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.data.depo import Depo
 from hf_sleep.data.khop import KHop
 from hf_sleep.data.rule110 import Rule110
@@ -153,7 +154,7 @@ def test_backpropagation_through_all_windows_is_the_full_one(default, tmp_path):
 
 
 def test_checkpointing_is_the_model_s_own_and_invisible(default, tmp_path):
-    trainer = trainer_of(tmp_path, activation_checkpointing=True)
+    trainer = trainer_of(tmp_path, **{CHECKPOINTING: True})
     trainer.train()
     assert trainer.model.gradient_checkpointing
     assert not trainer.model.lm.model.gradient_checkpointing

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, sleep_lora_config
+from hf_sleep.compat import CHECKPOINTING
 
 trl = pytest.importorskip("trl")
 
@@ -153,7 +154,7 @@ def test_sft_is_the_plain_trainer(adapter, checkpointing, tokenizer, tmp_path):
     model, others = make()
     passes = count_passes(model)
     torch.manual_seed(3)
-    fields = {"activation_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "max_steps": 3}
+    fields = {CHECKPOINTING: checkpointing, "gradient_accumulation_steps": 2, "max_steps": 3}
     sft = trainer_of("SFT", tmp_path, TEXTS, model, tokenizer, others, **fields, per_device_train_batch_size=2)
     start = copy.deepcopy(sft.model.state_dict())
     sft.train()
@@ -286,7 +287,7 @@ def test_grpo_samples_and_scores_through_sleep(beta, tokenizer, tmp_path):
         max_completion_length=2 * L,
         beta=beta,
         max_steps=3,
-        activation_checkpointing=False,
+        **{CHECKPOINTING: False},
     )
     seen = []
     score = grpo._compute_loss

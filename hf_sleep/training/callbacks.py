@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cache import SleepCache
+from ..compat import CHECKPOINTING
 from ..ops import gate_hook
 from .collator import IGNORED
 from .evaluation import check_trainer
@@ -161,7 +162,7 @@ class HardEvictionWarmup(DuringStep):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_sharded(model, "HardEvictionWarmup", "Train the two stages as two runs")
         unused = args.ddp_find_unused_parameters
-        if args.world_size > 1 and (unused is False or (unused is None and args.activation_checkpointing)):
+        if args.world_size > 1 and (unused is False or (unused is None and getattr(args, CHECKPOINTING))):
             raise ValueError("HardEvictionWarmup on several ranks needs ddp_find_unused_parameters=True")
         if self.epochs is not None and args.ignore_data_skip:
             raise ValueError(

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
+from ..compat import CHECKPOINTING
 from ..data import Task
 from ..hub import write_model_card, write_remote_code
 from ..modeling import SleepForCausalLM
@@ -45,7 +46,8 @@ class SleepTrainingArguments(TrainingArguments):
     first twentieth of the steps, then constant, then decay over the last tenth (`lr_scheduler_kwargs`'
     `num_decay_steps`), and `train_tokens_per_second` in the logs, which counts real tokens.
 
-    `activation_checkpointing` recomputes a whole (window, pass) in the backward, by the model's own hook.
+    `activation_checkpointing` (before transformers 5.23 `gradient_checkpointing`) recomputes a whole (window, pass) in
+    the backward, by the model's own hook.
 
     Args:
         muon_learning_rate: of the hidden matrices; 2e-3 from scratch. `None`: AdamW for everything.
@@ -167,7 +169,7 @@ class SleepTrainer(Trainer):
         if plugin.activation_checkpointing:
             raise ValueError(
                 "FSDP's activation_checkpointing=True would recompute a layer without the KV that it joins: set the "
-                "training argument activation_checkpointing=True instead, which recomputes whole passes"
+                f"training argument {CHECKPOINTING}=True instead, which recomputes whole passes"
             )
         # Its casts would round the fast weights and their gates at every layer; autocast leaves both alone.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
