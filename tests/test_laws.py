@@ -15,6 +15,7 @@ from test_reference import flat_logits
 from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepCache, SleepForCausalLM
+from hf_sleep.compat import CHECKPOINTING
 
 L = 5
 T = 3 * L + 2
@@ -435,7 +436,7 @@ def test_8_checkpointing_changes_nothing(case):
     model, (_, _, batch) = sleeper(case).train(), labelled_batch(case)
     with exact():
         loss, expected = loss_and_gradients(model, model(**batch).loss)
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
         again, gradients = loss_and_gradients(model, model(**batch).loss)
     assert_close(again, loss, 1e-12)
     for name, gradient in expected.items():

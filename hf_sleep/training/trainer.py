@@ -26,6 +26,7 @@ from transformers.training_args import OptimizerNames
 
 from ..compat import CHECKPOINTING
 from ..data import Task
+from ..files import write_file
 from ..hub import write_model_card, write_remote_code
 from ..modeling import SleepForCausalLM
 from ..packing import refuse_packed
@@ -225,7 +226,7 @@ class SleepTrainer(Trainer):
         super()._save(output_dir, *args, **kwargs)
         if self.task is not None and self.args.should_save:
             file = Path(output_dir or self.args.output_dir) / TASK_FILE
-            file.write_text(json.dumps(task_settings(self.task), indent=1) + "\n", encoding="utf-8")
+            write_file(file, json.dumps(task_settings(self.task), indent=1) + "\n")
 
     # The Hub.
 
