@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -115,7 +117,6 @@ README = "# A\n[to\nit](docs/a.md#b), [paper](https://x.org/y), [below](#c)\n![a
 
 
 def test_the_description_has_no_link_that_leads_nowhere() -> None:
-    pytest.importorskip("hatchling", reason="the hook that hatchling calls")
     describe = script("readme_hook").describe
     assert describe(README, None) == "# A\nto\nit, [paper](https://x.org/y), [below](#c)\na picture\n"
     assert describe(README, "https://h.org/us/it/") == (
@@ -126,15 +127,14 @@ def test_the_description_has_no_link_that_leads_nowhere() -> None:
 
 @pytest.mark.parametrize("repository", [None, "https://h.org/us/it"])
 def test_the_built_description_is_the_readme_with_those_links(tmp_path: Path, repository: str | None) -> None:
-    core = pytest.importorskip("hatchling.metadata.core", reason="what builds the package")
-    manager = pytest.importorskip("hatchling.plugin.manager").PluginManager()
+    manager = PluginManager()
     for name in ("pyproject.toml", "README.md", "LICENSE", "scripts/readme_hook.py", "hf_sleep/version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         text = (ROOT / name).read_text(encoding="utf-8")
         if repository and name == "pyproject.toml":
             text = text.replace('# Repository = "https://..."', f'Repository = "{repository}"')
         (tmp_path / name).write_text(text, encoding="utf-8")
-    built = core.ProjectMetadata(str(tmp_path), manager).core
+    built = ProjectMetadata(str(tmp_path), manager).core
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert built.readme == script("readme_hook").describe(readme, repository)
     assert ("](docs/" in readme, "](docs/" in built.readme) == (True, False)

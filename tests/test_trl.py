@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import trl
 from datasets import Dataset
 from families import FAMILIES, VOCAB, make_model, sleep_config, tokens
 from test_laws import assert_close
@@ -16,8 +17,6 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
-
-trl = pytest.importorskip("trl")
 
 # TRL's configs still set the old name of activation_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -223,7 +222,7 @@ def test_sft_without_padding_is_refused(fields, tokenizer, tmp_path, caplog):
     model = tiny()
     before = copy.deepcopy(model.state_dict())
     sft = trainer_of("SFT", tmp_path, TEXTS, model, tokenizer, **fields)
-    with pytest.raises((ValueError, TypeError), match=r"packed|position_ids|cu_seq"):
+    with pytest.raises(ValueError, match="packed"):
         sft.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
