@@ -1,11 +1,13 @@
 """What another device lacks is computed on the CPU: Apple's GPUs have no float64."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from families import FAMILIES, make_base, make_model, sleep_config, tokens
 from torch.utils._pytree import tree_leaves
+from transformers import Trainer
 
 from hf_sleep import SleepCache
 from hf_sleep.decoders import decoder_for
@@ -58,7 +60,7 @@ def test_keys_are_turned_without_float64_on_their_device(family, monkeypatch):
 def test_the_monitor_measures_without_float64_on_the_models_device():
     model = make_model("llama", sleep_config("llama"))
     ids = tokens(20)[None]
-    monitor = SleepMonitor(SimpleNamespace())
+    monitor = SleepMonitor(mock.Mock(spec=Trainer))
     monitor._keep_batch(model.train(), (), {"input_ids": ids, "labels": ids})
     expected = monitor.measure(model)
     read = monitor._read
@@ -80,7 +82,8 @@ def test_the_monitor_measures_without_float64_on_the_models_device():
 def test_gradient_norms_are_measured_without_float64_on_the_models_device(scale):
     """Also of gradients whose squares float32 does not hold."""
     logged, hooks = {}, []
-    monitor = SleepMonitor(SimpleNamespace(log=logged.update), every=1)
+    monitor = SleepMonitor(mock.Mock(spec=Trainer), every=1)
+    monitor.trainer.log = logged.update
     monitor.measure = lambda model: {}
     monitor.trainer.accelerator = SimpleNamespace(autocast=torch.no_grad)
     monitor._watch(1, [SimpleNamespace(requires_grad=True, register_hook=hooks.append)])

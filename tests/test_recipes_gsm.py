@@ -325,7 +325,7 @@ def test_a_checkpoint_carries_its_task(recipe, tmp_path, capsys):
     model = make_model("llama", sleep_config("llama", window_size=task.window_size, sleep_passes=2))
     arguments = SleepTrainingArguments(tmp_path, use_cpu=True, report_to="none")
     SleepTrainer(model, arguments, task=task).save_model(tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "task.json").read_text()) == {
+    assert json.loads((tmp_path / "model" / "task.json").read_text(encoding="utf-8")) == {
         "task": "KHop", "num_nodes": 5, "hops": [1, 2], "num_queries": 3, "windows": 1, "cycles": 1
     }  # fmt: skip
 

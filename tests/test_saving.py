@@ -798,7 +798,9 @@ def test_saving_and_loading_again_and_again_changes_nothing(
         assert torch.equal(model(IDS).logits, expected)
         model.save_pretrained(tmp_path / str(round + 1), **saving)
         assert stored(tmp_path / str(round + 1)) == stored(tmp_path / str(round))
-        first, second = (json.loads((tmp_path / str(n) / "config.json").read_text()) for n in (round, round + 1))
+        first, second = (
+            json.loads((tmp_path / str(n) / "config.json").read_text(encoding="utf-8")) for n in (round, round + 1)
+        )
         for config in (first, second):
             config["text_config"].pop("_name_or_path", None)
         assert first == second
