@@ -23,8 +23,8 @@ class Row:
         retained: tokens whose KV survived the last eviction (sinks included).
         position: position number of the next token.
         sleeps: sleeps so far.
-        pads: the columns of the calls that read it that were pads, as half-open ranges in order. Not the row's own:
-            rows that read the same are equal, whatever their neighbours made of their columns.
+        pads: `mark_of` the columns that were pads in the calls that read the row; `None` where that is not known. Not
+            the row's own: rows that read the same are equal, whatever their neighbours made of their columns.
     """
 
     seen: int = 0
@@ -32,19 +32,21 @@ class Row:
     retained: int = 0
     position: int = 0
     sleeps: int = 0
-    pads: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    pads: int | None = field(default=0, compare=False)
 
     @property
     def kv_length(self) -> int:
         """Tokens whose KV is held."""
         return self.retained + self.fill
 
-    def note_pads(self, start: int, end: int) -> None:
-        """Columns `start` to `end` were pads; they come in order."""
-        if start == end:
-            return
-        *before, last = self.pads or [(start, start)]
-        self.pads = (*before, (last[0], end)) if last[1] == start else (*before, last, (start, end))
+
+def mark_of(columns: torch.Tensor) -> int:
+    """A number of 64 bits that tells sets of columns (integers, 1-D) apart; those of disjoint sets add up."""
+    mixed = columns.long() + 1
+    for factor in (-7046029254386353131, -4658895280553007687):  # splitmix64's
+        mixed = mixed * factor
+        mixed = mixed ^ (mixed >> 29)
+    return int(mixed.sum()) % 2**64
 
 
 @dataclass
@@ -116,6 +118,8 @@ class Tensors:
 def _same_width(a: torch.Tensor, b: torch.Tensor) -> Pair:
     """Pad the shorter one with zeros behind its tokens (dimension -2), where rows hold different numbers of them."""
     width = max(a.shape[-2], b.shape[-2])
+    if a.shape[-2] == b.shape[-2]:
+        return a, b
 
     def pad(t: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[-2]))
@@ -160,9 +164,11 @@ class SleepCache(Cache):
             counts: per row, how many have one.
             width: columns of the call.
         """
+        column = torch.arange(self.columns, self.columns + width)
         for row, first, count in zip(self.rows, start, counts, strict=True):
-            row.note_pads(self.columns, self.columns + first)
-            row.note_pads(self.columns + first + count, self.columns + width)
+            if count < width and row.pads is not None:
+                pads = torch.cat((column[:first], column[first + count :]))
+                row.pads = (row.pads + mark_of(pads)) % 2**64
         self.columns += width
 
     def check_past(self, past: torch.Tensor | None) -> None:
@@ -174,24 +180,15 @@ class SleepCache(Cache):
         Raises:
             ValueError: it is not, which could only be ignored: what was read cannot be changed.
         """
-        tokens = torch.ones(len(self.rows), self.columns, dtype=torch.bool)
-        said = tokens if past is None else past.detach().cpu() != 0
+        column = torch.arange(self.columns)
+        said = torch.ones(len(self.rows), self.columns) if past is None else past.detach().cpu()
         for b, row in enumerate(self.rows):
-            read = tokens[b].clone()
-            for start, end in row.pads:
-                read[start:end] = False
-            # A row of a state file that does not say where its pads stood: it has counted its tokens all the same.
-            is_known = int(read.sum()) == row.seen
-            if torch.equal(said[b], read) if is_known else int(said[b].sum()) == row.seen:
+            tokens, pads = int((said[b] != 0).sum()), column[said[b] == 0]
+            if tokens == row.seen and (row.pads is None or mark_of(pads) == row.pads):
                 continue
-            if is_known:
-                column = int((said[b] != read).nonzero()[0])
-                words = ("a pad", "a token")
-                differs = (
-                    f"column {column} of row {b} is {words[said[b, column]]}, and cache has read {words[read[column]]}"
-                )
-            else:
-                differs = f"row {b} has {int(said[b].sum())} tokens in the past, and cache has read {row.seen}"
+            differs = f"row {b} has {tokens} tokens in the past, and cache has read {row.seen}"
+            if tokens == row.seen:
+                differs = f"the pads in the past of row {b} stand at other columns than in what cache has read"
             raise ValueError(
                 f"attention_mask says that {differs}. What was read cannot be changed: pass a mask that agrees over "
                 "the past (generate reads no pads after a row's end: they are 0 in it), or read the whole conversation "
@@ -217,7 +214,7 @@ class SleepCache(Cache):
     def __reduce__(self) -> Any:
         raise TypeError(
             "a SleepCache belongs to a live model and cannot be pickled: "
-            "use SleepState.from_cache(model, cache).save(path)"
+            "use SleepState.from_cache(model, cache).save(path), or for an output without one pass use_cache=False"
         )
 
     def __copy__(self) -> "SleepCache":

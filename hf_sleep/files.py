@@ -20,6 +20,8 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         OSError: as `open` raises, and for what is no regular file.
     """
     path = Path(path).resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no folder to write into", str(path.parent))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file, which alone can be replaced by a new one", str(path))
     beside = path.with_name(f".{path.name[:48]}.{secrets.token_hex(4)}.part")

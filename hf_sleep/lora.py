@@ -7,11 +7,14 @@ from .modeling import SleepForCausalLM
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-PROJECTIONS = r"lm\..*_proj"
+# Of hybrids, too: Qwen3-Next's linear layers have an in_proj_qkvz.
+PROJECTIONS = r"lm\..*_proj(_\w+)?"
 
 
 def sleep_lora_config(model: SleepForCausalLM, r: int = 8, **fields: Any) -> "LoraConfig":
     """LoRA on every projection of the base; the fast-weight blocks, which start from nothing, are trained in full.
+
+    Not a projection, and left as it is: what generates the convolution's taps in Jet-Nemotron's own layers.
 
     Args:
         model: a sleeping model, not yet wrapped by PEFT.

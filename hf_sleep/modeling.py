@@ -91,7 +91,7 @@ PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "
 QUANTISATION = {"is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"}
 # Of what stock models take as further keywords, what no answer here depends on, and the values with which others say
 # nothing.
-IGNORED = ("cache_position", "token_type_ids")
+UNUSED_KEYWORDS = ("cache_position", "token_type_ids")
 SAYING_NOTHING = {"is_causal": (None, True), "output_router_logits": (None, False)}
 
 
@@ -145,7 +145,7 @@ class Layout:
         return Layout(self.start, counts, max(self.width, self.start[row] + longest))
 
 
-class Headless:
+class Headless(nn.Module):
     """A sleeping model that stops before its head: it reads and sleeps as the model does.
 
     What `base_model` is, for those who apply the head themselves, as TRL's trainers do from within the model's
@@ -156,9 +156,11 @@ class Headless:
     """
 
     def __init__(self, model: "SleepForCausalLM"):
-        self.model, self._tp_plan, self._pp_plan = model, model._tp_plan, model._pp_plan
+        super().__init__()
+        self.model, self.config = model, model.config
+        self._tp_plan, self._pp_plan = model._tp_plan, model._pp_plan
 
-    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         """As `SleepForCausalLM.forward` without labels: `last_hidden_state` `[B, T, C]` instead of logits."""
         return type(self.model).forward(self.model, *args, **kwargs, skip_head=True)
 
@@ -286,6 +288,7 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
             base_model_name_or_path=base.config._name_or_path or None,
             base_fingerprint=fingerprint(base),
             dtype=base.dtype,
+            use_cache=getattr(base.config, "use_cache", True),
         )
         config._attn_implementation, config._experts_implementation = attention, experts
         with torch.device("meta"):
@@ -300,7 +303,7 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
             block.to_empty(device="cpu").double()
             block.init_weights(std, torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8])))
             for name, parameter in block.named_parameters():
-                is_gate = name.rpartition(".")[2] in ("A_log", "dt_bias")
+                is_gate = name.rpartition(".")[2] in GATES
                 parameter.data = parameter.data.float().to(high if is_gate else base.dtype)
             block.to(compute_device(decoder.layers[int(layer)]))
             for module in block.modules():
@@ -432,8 +435,8 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
 
         Args:
             input_ids: `[B, T]` token ids.
-            attention_mask: `[B, T]`, or `[B, past + T]` as generate passes it; 0 at pads, which may stand at either
-                end.
+            attention_mask: `[B, T]`, or `[B, past + T]`, whose past must be what was read with (which is compared, column
+                by column: the first is cheaper). 0 at pads, which may stand at either end.
             cache: the cache to go on from; is moved on, and left as it was when an error is raised.
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
             labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window.
@@ -631,7 +634,13 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
     # Checks: all of them before anything changes.
 
     def _check_whole(self) -> None:
-        if hasattr(next(self.parameters()), "ds_id"):
+        first = next(self.parameters(), None)
+        if first is None:
+            raise ValueError(
+                "nn.DataParallel, in which Trainer wraps a model on a machine with several GPUs, makes copies without "
+                "parameters of their own: start one process per GPU, with torchrun or accelerate launch (DDP, FSDP2)"
+            )
+        if hasattr(first, "ds_id"):
             raise ValueError(
                 "DeepSpeed ZeRO-3 gathers a module's weights where all ranks call it, and ranks whose rows have other "
                 "numbers of windows would wait for each other for ever. Use FSDP2 (recipes/accelerate/fsdp2.yaml), "
@@ -643,7 +652,7 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
             if name in SAYING_NOTHING:
                 if value not in SAYING_NOTHING[name]:
                     raise ValueError(f"{name}={value!r}: a model that sleeps has no such mode, leave it out")
-            elif name not in (*IGNORED, *MARKS):
+            elif name not in (*UNUSED_KEYWORDS, *MARKS):
                 raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
         refuse_packed(kwargs)
 
@@ -839,7 +848,12 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
             # A mask of ones generate has dropped by now.
             said = generation_config._mask_length if mask is None else mask.shape[1]
             is_whole = embeds is not None or said == width
-            if width <= held.columns if is_whole else said != held.columns + width:
+            if is_whole and width == held.columns:
+                raise ValueError(
+                    f"cache has read all {width} columns of the input: there is nothing new to read. Append the next "
+                    "question to the conversation"
+                )
+            if width < held.columns if is_whole else said != held.columns + width:
                 raise ValueError(
                     f"cache has read {held.columns} columns, the input has {width} and attention_mask {said}. With a "
                     "cache, generate takes the whole conversation, of which it reads what is new; or, as input_ids, "

@@ -167,7 +167,7 @@ class SleepState:
         try:
             if header.keys() != HEADER.keys() or any(type(header[key]) is not kind for key, kind in HEADER.items()):
                 raise ValueError(f"its header is {reprlib.repr(header)}, it must have {', '.join(HEADER)}")
-            state = cls(tensors, **header | {"rows": [_row(values) for values in header["rows"]]})
+            state = cls(tensors, **header | {"rows": [_row(values, header["columns"]) for values in header["rows"]]})
             state._check()
         except ValueError as error:
             raise ValueError(f"{path} is no sleep state: {error}") from error
@@ -182,7 +182,6 @@ class SleepState:
         config = SleepConfig(**self.settings)
         for number, row in enumerate(self.rows):
             _check_row(number, row, config)
-            _check_pads(number, row, self.columns)
         longest = max((row.seen for row in self.rows), default=None)
         if longest is None or type(self.columns) is not int or self.columns < longest:
             raise ValueError(
@@ -316,27 +315,14 @@ def _check_row(number: int, row: Row, config: SleepConfig) -> None:
         )
 
 
-def _check_pads(number: int, row: Row, columns: int) -> None:
-    """Check where a row's pads stood: with its tokens they make up all columns. Files of the first format knew none."""
-    bounds = [bound for pads in row.pads for bound in pads]
-    fits = all(type(bound) is int for bound in bounds) and all(len(pads) == 2 for pads in row.pads)
-    if fits and bounds:
-        fits = bounds == sorted(set(bounds)) and bounds[0] >= 0 and bounds[-1] <= columns
-        fits &= sum(end - start for start, end in row.pads) == columns - row.seen
-    if not fits:
-        raise ValueError(
-            f"row {number} has {reprlib.repr(row.pads)} as ranges of pads, with {row.seen} tokens in {columns} columns"
-        )
-
-
-def _row(values: Any) -> Row:
-    """A row's counters, of a header."""
+def _row(values: Any, columns: int) -> Row:
+    """A row's counters, of a header. The first format says only by its counts whether there were pads."""
     if type(values) is not dict or values.keys() - {"pads"} != set(COUNTERS):
         raise ValueError(f"a row is {reprlib.repr(values)}: it must have {', '.join(COUNTERS)}")
-    pads = values.get("pads", [])
-    if type(pads) is not list or any(type(each) is not list for each in pads):
-        raise ValueError(f"a row has pads={reprlib.repr(pads)}: they must be ranges of columns")
-    return Row(**values | {"pads": tuple(map(tuple, pads))})
+    pads = values.get("pads", 0 if values["seen"] == columns else None)
+    if pads is not None and (type(pads) is not int or not 0 <= pads < 2**64):
+        raise ValueError(f"a row has pads={reprlib.repr(pads)}: it must be an integer of 64 bits, or null")
+    return Row(**values | {"pads": pads})
 
 
 def _described(t: torch.Tensor) -> str:

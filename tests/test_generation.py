@@ -1,7 +1,9 @@
 """Stock `generate` on a model that sleeps as it goes, and what of `generate` cannot work with memory."""
 
 import copy
+import dataclasses
 import functools
+import pickle
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from transformers.generation import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
 from hf_sleep import SleepCache, SleepForCausalLM
+from hf_sleep.cache import mark_of
 from hf_sleep.compat import CACHE
 from hf_sleep.decoders import Decoder, HybridDecoder
 from hf_sleep.layers import FastWeightBlock
@@ -386,9 +389,12 @@ def padded_cache(model) -> SleepCache:
 
 AGREES = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]])
 OTHER_PASTS = {
-    "no pads": (torch.ones(2, 7, dtype=torch.long), "column 0 of row 1 is a token, and cache has read a pad"),
-    "one more": (AGREES.index_fill(1, torch.tensor([2]), 0), "column 2 of row 0 is a pad, and cache has read a token"),
-    "moved": (AGREES.roll(1, 1).index_fill(0, torch.tensor([0]), 1), "column 3 of row 1 is a pad, and cache has read"),
+    "no pads": (torch.ones(2, 7, dtype=torch.long), "row 1 has 7 tokens in the past, and cache has read 3"),
+    "one more": (AGREES.index_fill(1, torch.tensor([2]), 0), "row 0 has 6 tokens in the past, and cache has read 7"),
+    "moved": (
+        AGREES.roll(1, 1).index_fill(0, torch.tensor([0]), 1),
+        "the pads in the past of row 1 stand at other columns",
+    ),
 }
 
 
@@ -414,7 +420,7 @@ def test_selected_rows_remember_which_columns_were_pads():
     cache.select_rows(torch.tensor([1, 0, 1]))
     mask = torch.cat((AGREES[[1, 0, 1]], torch.ones_like(more)), 1)
     read(model, more, cache, attention_mask=mask)
-    with pytest.raises(ValueError, match="column 0 of row 0 is a token"):
+    with pytest.raises(ValueError, match="row 0 has 9 tokens in the past, and cache has read 5"):
         read(model, more, cache, attention_mask=torch.ones(3, 11, dtype=torch.long))
 
 
@@ -423,10 +429,33 @@ def test_where_only_the_number_of_tokens_is_known_that_must_agree():
     model, more, now = sleeper("llama", "hard"), tokens(4).view(2, 2), torch.ones(2, 2, dtype=torch.long)
     cache = padded_cache(model)
     for row in cache.rows:
-        row.pads = ()
+        row.pads = None
     with pytest.raises(ValueError, match="row 1 has 7 tokens in the past, and cache has read 3"):
         read(model, more, cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
     read(model, more, cache, attention_mask=torch.cat((AGREES, now), 1))
+
+
+def test_the_mark_of_columns_tells_sets_apart_and_adds_up():
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randperm(40, generator=generator)[:n].sort().values for n in (0, 1, 2, 5, 20, 39) for _ in range(300)]
+    distinct = {tuple(columns.tolist()) for columns in sets}
+    assert len({mark_of(torch.tensor(columns, dtype=torch.long)) for columns in distinct}) == len(distinct)
+    for columns in sets:
+        assert mark_of(columns) == (mark_of(columns[::2]) + mark_of(columns[1::2])) % 2**64
+
+
+def test_what_is_noted_of_pads_does_not_grow_with_what_was_read(tmp_path):
+    """Ragged chunks without end: whatever their number, the state's file keeps its size."""
+    model, cache, sizes = sleeper("llama", "hard"), SleepCache(), []
+    mask = torch.tensor([[1, 1], [0, 1]])
+    for _ in range(100 * L):
+        read(model, tokens(4).view(2, 2), cache, attention_mask=mask)
+        sizes.append(len(pickle.dumps([dataclasses.astuple(row) for row in cache.rows])))
+    assert max(sizes[L:]) <= sizes[0] + 32
+    past = torch.cat([mask] * (100 * L) + [mask], 1)
+    read(model, tokens(4).view(2, 2), cache.fork(), attention_mask=past)
+    with pytest.raises(ValueError, match="the pads in the past of row 1 stand at other columns"):
+        read(model, tokens(4).view(2, 2), cache, attention_mask=torch.cat((past.roll(1, 1)[:, :-2], mask), 1))
 
 
 def test_a_conversation_that_was_partly_read_is_read_on():
@@ -458,7 +487,7 @@ def test_new_text_alone_needs_a_mask_over_what_was_read():
         )
         with pytest.raises(ValueError, match=message):
             model.generate(new, cache=memory, attention_mask=wrong, **settings)
-    with pytest.raises(ValueError, match="cache has read 13 columns, the input has 13"):
+    with pytest.raises(ValueError, match="cache has read all 13 columns of the input: there is nothing new"):
         model.generate(old, cache=memory, **settings)
     embeds = model.get_input_embeddings()(new)
     with pytest.raises(ValueError, match="cache has read 13 columns, the input has 4"):

@@ -570,3 +570,26 @@ def test_past_a_million_tokens_nothing_has_drifted():
     assert cache.rows[0].seen == cache.get_seq_length() > 2**20
     assert cache.rows[0].position <= sleep.max_position
     assert cache.max_kv_length <= 2 * size
+
+
+def test_the_base_model_can_be_frozen_as_of_any_model():
+    model = sleeper()
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad = False
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.base_model.config is model.config
+
+
+def test_a_replica_of_data_parallel_says_what_to_use():
+    replica = sleeper()._replicate_for_data_parallel()
+    replica._modules = {}  # its submodules are replicas too, which hold no parameters
+    with pytest.raises(ValueError, match=r"nn\.DataParallel, in which Trainer .* torchrun or accelerate launch"):
+        replica(IDS)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_retrofit_returns_a_cache_where_its_base_does(use_cache):
+    base = make_base("llama")
+    base.config.use_cache = use_cache
+    model = SleepForCausalLM.from_base(base, sleep_config("llama"))
+    assert (CACHE in base(IDS), model(IDS).cache is not None) == (use_cache, use_cache)

@@ -253,7 +253,11 @@ def test_the_lora_config_trains_blocks_in_full_and_every_projection_of_the_base(
     assert any("embed_tokens" in name for name in in_full)
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in learns if ".lora_" in name}
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= adapted
-    assert all(name.endswith("_proj") for name in adapted)
+    assert all("_proj" in name for name in adapted)
+    linear = [(name, p) for name, p in model.get_base_model().lm.named_modules() if name.endswith("linear_attn")]
+    for name, mixer in linear:
+        inputs = {child for child, module in mixer.named_modules() if "proj" in child and "." not in child}
+        assert inputs <= adapted, name
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name

@@ -20,7 +20,7 @@ from test_laws import pad
 import hf_sleep.state
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState
 from hf_sleep.cache import Row
-from hf_sleep.state import fingerprint
+from hf_sleep.state import COUNTERS, fingerprint
 
 L = 5
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -543,6 +543,22 @@ def test_a_file_of_the_first_format_loads_with_a_warning(kept, tmp_path):
     assert same_tensors(old.to_cache(model), state.to_cache(model))
     old.save(tmp_path / "first.safetensors")
     SleepState.load(tmp_path / "first.safetensors").to_cache(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*carries no digest:UserWarning")
+def test_a_padded_batch_of_the_first_format_reads_on_and_is_saved_again(tmp_path):
+    """It did not say where pads stood: that stays unknown, and only the number of tokens is compared."""
+    model, cache = sleeper(), SleepCache()
+    ids, mask = pad([tokens(L + 3), tokens(4, 2)], "left")
+    with torch.no_grad():
+        model(ids, attention_mask=mask, cache=cache)
+        state = SleepState.from_cache(model, cache)
+        rows = [{name: getattr(row, name) for name in COUNTERS} for row in state.rows]
+        old = SleepState.load(first_format(tmp_path, state, rows=rows)).to_cache(model)
+        assert [row.pads for row in old.rows] == [0, None]
+        expected = model(ids, attention_mask=mask, cache=cache).logits
+        assert torch.equal(model(ids, attention_mask=mask, cache=old).logits, expected)
+    assert same_tensors(put_away(model, old, tmp_path).to_cache(model), cache)
 
 
 @pytest.mark.filterwarnings("ignore:.*carries no digest:UserWarning")

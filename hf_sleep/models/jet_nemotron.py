@@ -35,7 +35,7 @@ from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, tak
 from ..config import is_whole
 from ..generation import RecurrentGenerationMixin
 from ..layers import Jet
-from ..layers.recurrence import State
+from ..layers.recurrence import GATES, State
 from ..packing import refuse_packed
 from .upstream import UpstreamConfig
 
@@ -277,7 +277,7 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["JetNemotronDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = list(GATES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True
