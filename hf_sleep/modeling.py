@@ -435,8 +435,8 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
 
         Args:
             input_ids: `[B, T]` token ids.
-            attention_mask: `[B, T]`, or `[B, past + T]`, whose past must be what was read with (which is compared, column
-                by column: the first is cheaper). 0 at pads, which may stand at either end.
+            attention_mask: `[B, T]`, or `[B, past + T]`, whose past must be what was read with. It is compared column
+                by column, so the first is cheaper. 0 at pads, which may stand at either end.
             cache: the cache to go on from; is moved on, and left as it was when an error is raised.
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
             labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window.
