@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fresh = Path("runs") / time.strftime("khop-%Y%m%d-%H%M%S")
     parser.add_argument("--train", type=Path, nargs="?", const=fresh, help="train first, into this new folder")
-    parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
