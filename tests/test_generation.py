@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from families import VOCAB, make_base, make_model, sleep_config, tokens
+from packaging.version import Version
 from test_laws import pad
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
@@ -20,7 +21,7 @@ from transformers.generation.utils import DeferredStopCheck
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.cache import mark_of
-from hf_sleep.compat import CACHE
+from hf_sleep.compat import CACHE, TRANSFORMERS
 from hf_sleep.decoders import Decoder, HybridDecoder
 from hf_sleep.layers import FastWeightBlock
 
@@ -111,8 +112,17 @@ def test_beams_of_a_padded_row_are_its_beams_alone(family, eviction):
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_it_generates_from_embeddings(eviction, chunk):
     model, ids = sleeper("llama", eviction), tokens(2 * L + 1)[None]
-    settings = {"max_new_tokens": L + 2, "prefill_chunk_size": chunk, **GREEDY}
-    said = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings)
+    embeds, settings = (
+        model.get_input_embeddings()(ids),
+        {"max_new_tokens": L + 2, **GREEDY, "prefill_chunk_size": chunk},
+    )
+    if chunk and Version("5.23") > TRANSFORMERS:
+        # It splits the ids into chunks, of which there are none: of a plain model's prompt, too.
+        for each, message in ((model, "at least one token"), (make_base("llama"), "0 elements")):
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                each.generate(inputs_embeds=embeds, **settings)
+        return
+    said = model.generate(inputs_embeds=embeds, **settings)
     assert torch.equal(said, model.generate(ids, **settings)[:, 2 * L + 1 :])
 
 
