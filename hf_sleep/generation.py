@@ -54,8 +54,9 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _sample(
         self, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        # Without such a criterion a row that has ended speaks on, and what it says is part of the answer.
-        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+        # Without such a criterion a row that has ended speaks on, and what it says is part of the answer; with a row
+        # alone, generate ends where it does.
+        if len(input_ids) > 1 and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = kwargs["ended"] = Ended(stopping_criteria)
         return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
 
