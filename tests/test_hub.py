@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -748,7 +749,7 @@ def elsewhere(tmp_path_factory):
     run = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(folder / "asleep"), str(folder), json.dumps(IDS.tolist())],
         stdin=subprocess.DEVNULL,
-        env={"PATH": "", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -57,6 +57,12 @@ def saved_base(family: str, root: Path, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _any_processor(monkeypatch):
+    """As on one that multiplies in 16 bits. Others load such checkpoints in float32, which test_dtypes.py tests."""
+    monkeypatch.setattr("hf_sleep.dtypes._cpu_multiplies", lambda dtype: True)
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     return functools.partial(saved_base, root=tmp_path_factory.mktemp("bases"))
