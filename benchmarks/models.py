@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, default_dtype, ops
-from hf_sleep.models import JetNemotronConfig, OuroConfig
+from hf_sleep.bases import JetNemotronConfig, OuroConfig
 
 GOLDENS = Path(__file__).resolve().parents[1] / "tests" / "goldens"
 ANSWER = 256

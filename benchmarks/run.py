@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.utils import logging
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, default_dtype
+from hf_sleep.bases.decoder import Decoder
 from hf_sleep.compat import CACHE
-from hf_sleep.decoders import Decoder
 
 WINDOW = 512
 

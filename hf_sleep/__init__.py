@@ -1,12 +1,12 @@
 """hf_sleep: pretrained language models that sleep."""
 
 from .auto import AutoModelForSleepLM
+from .bases import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
 from .cache import SleepCache
 from .config import SleepConfig, SleepLMConfig
 from .dtypes import default_dtype
 from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
-from .models import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
 from .sleep import SleepEvent
 from .state import SleepState
 from .version import __version__

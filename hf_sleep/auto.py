@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .config import SleepConfig, SleepLMConfig, check_keywords
 from .dtypes import dtype_to_load
-from .modeling import HUB_KEYWORDS, SleepForCausalLM, joined_reports, load_base
+from .modeling.causal_lm import HUB_KEYWORDS, SleepForCausalLM, joined_reports, load_base
 
 logger = logging.get_logger(__name__)
 

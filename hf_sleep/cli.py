@@ -117,7 +117,7 @@ def info(
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from . import models  # noqa: F401 - registers them with AutoConfig, as hf_sleep/__init__.py does elsewhere
+    from . import bases  # noqa: F401 - registers them with AutoConfig, as hf_sleep/__init__.py does elsewhere
     from .info import describe
 
     asked = {field: context.params[field] for field in SETTINGS if context.params[field] is not None}

@@ -10,24 +10,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .checks import is_whole, reject, require_int, require_int_tuple
 from .version import __version__
 
 EVICTION_STYLES = ("hard", "sliding")
 BLOCK_KINDS = ("jet", "gated_delta_net")
-
-
-def is_whole(width: float) -> bool:
-    """Whether `width` is a positive whole number, but for the rounding of a ratio such as 2.6666666667."""
-    return math.isfinite(width) and round(width) >= 1 and abs(width - round(width)) < 1e-6 * width
-
-
-def _reject(field: str, value: object, what_works: str) -> ValueError:
-    return ValueError(f"SleepConfig.{field}={value!r} cannot work: {what_works}")
-
-
-def _require_int(field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _reject(field, value, f"it must be an integer of at least {least}")
 
 
 @dataclass
@@ -75,48 +62,47 @@ class SleepConfig:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        _require_int("window_size", self.window_size, 2)
-        _require_int("sleep_passes", self.sleep_passes, 1)
-        _require_int("num_sink_tokens", self.num_sink_tokens, 0)
-        _require_int("block_conv_size", self.block_conv_size, 2)
+        require_int("SleepConfig.window_size", self.window_size, 2)
+        require_int("SleepConfig.sleep_passes", self.sleep_passes, 1)
+        require_int("SleepConfig.num_sink_tokens", self.num_sink_tokens, 0)
+        require_int("SleepConfig.block_conv_size", self.block_conv_size, 2)
         if self.eviction not in EVICTION_STYLES:
-            raise _reject("eviction", self.eviction, f"it must be one of {', '.join(EVICTION_STYLES)}")
+            raise reject("SleepConfig.eviction", self.eviction, f"it must be one of {', '.join(EVICTION_STYLES)}")
         if self.block_kind not in BLOCK_KINDS:
-            raise _reject("block_kind", self.block_kind, f"it must be one of {', '.join(BLOCK_KINDS)}")
+            raise reject("SleepConfig.block_kind", self.block_kind, f"it must be one of {', '.join(BLOCK_KINDS)}")
         if self.num_sink_tokens >= self.window_size:
-            raise _reject(
-                "num_sink_tokens", self.num_sink_tokens, f"it must be less than window_size={self.window_size}"
+            raise reject(
+                "SleepConfig.num_sink_tokens",
+                self.num_sink_tokens,
+                f"it must be less than window_size={self.window_size}",
             )
         for field in ("num_blocks", "block_num_heads", "block_head_dim"):
             if getattr(self, field) is not None:
-                _require_int(field, getattr(self, field), 0 if field == "num_blocks" else 1)
+                require_int(f"SleepConfig.{field}", getattr(self, field), 0 if field == "num_blocks" else 1)
         expand_v = self.block_expand_v
         if not isinstance(expand_v, int | float) or isinstance(expand_v, bool) or not 0 < expand_v < math.inf:
-            raise _reject("block_expand_v", expand_v, "it must be a positive number")
+            raise reject("SleepConfig.block_expand_v", expand_v, "it must be a positive number")
         if self.loop_layers is not None:
-            loop = self._int_tuple("loop_layers", self.loop_layers)
+            loop = require_int_tuple("SleepConfig.loop_layers", self.loop_layers)
             if len(loop) != 2 or not 0 <= loop[0] < loop[1]:
-                raise _reject("loop_layers", loop, "it must be (a, b) with 0 <= a < b: layers a to b - 1 loop")
+                raise reject(
+                    "SleepConfig.loop_layers", loop, "it must be (a, b) with 0 <= a < b: layers a to b - 1 loop"
+                )
             self.loop_layers = (loop[0], loop[1])
         if self.block_layers is not None:
-            self.block_layers = self._int_tuple("block_layers", self.block_layers)
+            self.block_layers = require_int_tuple("SleepConfig.block_layers", self.block_layers)
             if list(self.block_layers) != sorted(set(self.block_layers)) or min(self.block_layers, default=0) < 0:
-                raise _reject(
-                    "block_layers", self.block_layers, "it must list layers from 0 upwards, each once, in order"
+                raise reject(
+                    "SleepConfig.block_layers",
+                    self.block_layers,
+                    "it must list layers from 0 upwards, each once, in order",
                 )
             if self.num_blocks not in (None, len(self.block_layers)):
-                raise _reject(
-                    "num_blocks", self.num_blocks, f"block_layers lists {len(self.block_layers)}: give one of the two"
+                raise reject(
+                    "SleepConfig.num_blocks",
+                    self.num_blocks,
+                    f"block_layers lists {len(self.block_layers)}: give one of the two",
                 )
-
-    @staticmethod
-    def _int_tuple(field: str, value: Any) -> tuple[int, ...]:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise _reject(field, value, "it must be a tuple of integers")
-        items = tuple(value)
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            raise _reject(field, items, "it must be a tuple of integers")
-        return items
 
     @property
     def max_position(self) -> int:
@@ -142,29 +128,33 @@ class SleepConfig:
             default = 0 if "linear_attention" in layer_types else max(1, depth // 4)
             count = default if self.num_blocks is None else self.num_blocks
             if count > depth:
-                raise _reject("num_blocks", count, f"the base has {depth} layers, so at most {depth} blocks fit")
+                raise reject(
+                    "SleepConfig.num_blocks", count, f"the base has {depth} layers, so at most {depth} blocks fit"
+                )
             block_layers = tuple(int((i + 0.5) * depth / count) for i in range(count))
         if block_layers and block_layers[-1] >= depth:
-            raise _reject("block_layers", block_layers, f"the base's layers are 0 to {depth - 1}")
+            raise reject("SleepConfig.block_layers", block_layers, f"the base's layers are 0 to {depth - 1}")
         if not block_layers and "linear_attention" not in layer_types:
             field = "num_blocks" if self.block_layers is None else "block_layers"
-            raise _reject(
-                field,
+            raise reject(
+                f"SleepConfig.{field}",
                 getattr(self, field),
                 "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
             )
         default_loop: tuple[int, int] = getattr(text_config, "default_loop_layers", (0, depth))
         loop_layers = self.loop_layers or default_loop
         if loop_layers[1] > depth:
-            raise _reject("loop_layers", loop_layers, f"the base has {depth} layers, so b is at most {depth}")
+            raise reject(
+                "SleepConfig.loop_layers", loop_layers, f"the base has {depth} layers, so b is at most {depth}"
+            )
         self._check_positions(getattr(text_config, "max_position_embeddings", None))
         heads = getattr(text_config, "num_attention_heads", 1)
         head_dim = self.block_head_dim or getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
         width = head_dim * self.block_expand_v
         if not is_whole(width):
             best = max(1, round(width)) / head_dim
-            raise _reject(
-                "block_expand_v",
+            raise reject(
+                "SleepConfig.block_expand_v",
                 self.block_expand_v,
                 f"times a head_dim of {head_dim} it is {width:g} values a head, which must be a whole number: "
                 f"{best:g} works",
@@ -188,9 +178,11 @@ class SleepConfig:
             f"{self.max_position} positions, the base addresses {addressable}"
         )
         if (most := (addressable - self.num_sink_tokens) // span) > self.num_sink_tokens:
-            raise _reject("window_size", self.window_size, f"{needs}: use at most {most}")
-        raise _reject(
-            "num_sink_tokens", self.num_sink_tokens, f"{needs}: use at most {(addressable - span) // (span + 1)}"
+            raise reject("SleepConfig.window_size", self.window_size, f"{needs}: use at most {most}")
+        raise reject(
+            "SleepConfig.num_sink_tokens",
+            self.num_sink_tokens,
+            f"{needs}: use at most {(addressable - span) // (span + 1)}",
         )
 
     def changed(self, asked: "SleepConfig | dict[str, Any]") -> "SleepConfig":

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
+from .bases.decoder import decoder_for
 from .cache import Pair, Tensors
 from .config import SleepConfig, SleepLMConfig
-from .decoders import decoder_for
 from .modeling import SleepForCausalLM
 from .sleep import Join, Sleeper, Slot, WindowKV
 

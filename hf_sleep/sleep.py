@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import Pair, Row, SleepCache, Tensors
 from .config import SleepConfig
-from .offload import compute_device
+from .placement import compute_device
 
 PassHook = Callable[[int, list[torch.Tensor]], None]
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from .cache import Row, SleepCache, Tensors
 from .config import SleepConfig
 from .files import write_file
-from .offload import compute_device, loaded
+from .placement import compute_device, loaded
 from .version import __version__
 
 FORMAT = "hf_sleep.state.v2"

@@ -10,20 +10,16 @@ from pathlib import Path
 
 PACKAGE = "hf_sleep"
 # A module may import only from the groups before its own; members of one group do not see each other.
-ORDER = """version compat files packing dtypes | generation offload | config | ops | layers | cache | state | sleep
-    | decoders | modeling | auto lora | info | training session pipeline | cli"""
+ORDER = """version compat files packing dtypes registry checks labels | data placement generation | ops | memory
+    | layers | bases | engine | config | hub cache | state | sleep | modeling | auto lora info
+    | training session pipeline | cli"""
 ALLOWED: dict[str, set[str]] = {}
 for group in ORDER.split("|"):
     before = set(ALLOWED)
     ALLOWED |= {name: set(before) for name in group.split()}
-LOWEST = set(ALLOWED["config"])  # what knows nothing of a sleep
-ALLOWED |= {"models": LOWEST | {"config", "ops", "layers"}, "data": set(), "hub": LOWEST | {"config"}}
-for name in ALLOWED.keys() - LOWEST - {"config", "models", "data", "hub"}:
-    ALLOWED[name].add("hub")
-for name in ("decoders", "modeling", "auto", "lora", "info", "training", "session", "pipeline", "cli"):
-    ALLOWED[name].add("models")
-for name in ("training", "session", "pipeline", "cli"):
-    ALLOWED[name].add("data")
+ALLOWED["data"] = {"labels"}  # tasks are plain code, and know nothing of a sleep
+for name in ALLOWED.keys() - {"training", "session", "pipeline", "cli"}:
+    ALLOWED[name].discard("data")
 EVERYTHING = {"__init__", "__main__"}  # the package's own front doors import what they like
 
 
@@ -57,8 +53,8 @@ def objection(module: str, parts: list[str]) -> str | None:
     if parts[0] == "transformers" and len(parts) > 1:
         family = parts[1:2] == ["models"] and parts[2:3] != ["auto"]
         family |= parts[-1].endswith("ForCausalLM") and not parts[-1].startswith("Auto")
-        if family and module not in ("models", "decoders"):
-            return f"only models and decoders may know a model family ({dotted})"
+        if family and module != "bases":
+            return f"only bases may know a model family ({dotted})"
         trainer = parts[1] in ("trainer", "trainer_seq2seq") or parts[-1].startswith(("Trainer", "Seq2SeqTrainer"))
         if trainer and module != "training":
             return f"only training may import Trainer ({dotted})"

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
 from hf_sleep import SleepCache
-from hf_sleep.decoders import decoder_for
+from hf_sleep.bases.decoder import decoder_for
 from hf_sleep.state import fingerprint
 from hf_sleep.training import SleepMonitor
 

@@ -20,9 +20,9 @@ from transformers.generation import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
 from hf_sleep import SleepCache, SleepForCausalLM
+from hf_sleep.bases.decoder import Decoder, HybridDecoder
 from hf_sleep.cache import mark_of
 from hf_sleep.compat import CACHE, TRANSFORMERS
-from hf_sleep.decoders import Decoder, HybridDecoder
 from hf_sleep.layers import FastWeightBlock
 
 L = 5

@@ -760,7 +760,7 @@ def elsewhere(tmp_path_factory):
 def test_a_checkpoint_loads_where_the_package_is_not_imported(elsewhere):
     model, folder, report = elsewhere
     assert report["error"] is None
-    assert report["class"] == "hf_sleep.modeling.SleepForCausalLM"
+    assert report["class"] == "hf_sleep.modeling.causal_lm.SleepForCausalLM"
     assert torch.equal(torch.load(folder / "logits.pt"), model(IDS).logits)
 
 

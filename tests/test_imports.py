@@ -40,7 +40,7 @@ def test_this_tree_points_one_way() -> None:
         pytest.param(
             "layers/jet.py", "from ..sleep import wake", 1, "layers may not import sleep", id="from-subpackage"
         ),
-        pytest.param("ops.py", "from . import config, modeling", 1, "ops may not import modeling", id="from-dot"),
+        pytest.param("ops.py", "from . import labels, modeling", 1, "ops may not import modeling", id="from-dot"),
         pytest.param("sleep.py", "import hf_sleep.auto", 1, "sleep may not import auto", id="absolute"),
         pytest.param(
             "ops.py", "def f():\n    from .sleep import wake", 2, "ops may not import sleep", id="in-function"
@@ -48,8 +48,8 @@ def test_this_tree_points_one_way() -> None:
         pytest.param("cache.py", "from .state import SleepState", 1, "cache may not import state", id="cache-to-state"),
         pytest.param("session.py", "from .pipeline import pipe", 1, "session may not import pipeline", id="siblings"),
         pytest.param("version.py", "from .config import SleepConfig", 1, "version may not import config", id="bottom"),
-        pytest.param("models/ouro.py", "from ..cache import SleepCache", 1, "models may not import cache", id="models"),
-        pytest.param("sleep.py", "from .models.ouro import Ouro", 1, "sleep may not import models", id="to-models"),
+        pytest.param("bases/ouro.py", "from ..cache import SleepCache", 1, "bases may not import cache", id="bases"),
+        pytest.param("layers/jet.py", "from ..bases.ouro import Ouro", 1, "layers may not import bases", id="to-bases"),
         pytest.param("data/depo.py", "from ..config import SleepConfig", 1, "data may not import config", id="data"),
         pytest.param("hub.py", "from .state import SleepState", 1, "hub may not import state", id="hub"),
         pytest.param("auto.py", "from hf_sleep import SleepConfig", 1, "not from the package root", id="root"),
@@ -104,13 +104,13 @@ def test_an_empty_tree_is_a_failure(tmp_path: Path) -> None:
 
 def test_what_the_design_allows_passes(tmp_path: Path) -> None:
     for path, source in {
-        "__init__.py": "from .cli import main\nfrom .models.ouro import Ouro\nfrom .ops import gated",
+        "__init__.py": "from .cli import main\nfrom .bases.ouro import Ouro\nfrom .ops import gated",
         "config.py": "from transformers import AutoConfig\nfrom .version import __version__",
-        "ops.py": "import importlib\nfrom fla.ops import kda\nimport triton\nfrom . import config",
+        "ops.py": "import importlib\nfrom fla.ops import kda\nimport triton\nfrom . import checks",
         "layers/jet.py": "from .block import Block\nfrom ..ops import gated",
         "state.py": "from .cache import SleepCache\nfrom .hub import card",
-        "models/ouro.py": "from transformers.models.llama import modeling_llama\nfrom ..layers.jet import Jet",
-        "decoders.py": "from transformers import Qwen3ForCausalLM\nfrom .models import ouro\nfrom .sleep import wake",
+        "bases/ouro.py": "from transformers.models.llama import modeling_llama\nfrom ..layers.jet import Jet",
+        "bases/decoder.py": "from transformers import Qwen3ForCausalLM\nfrom .ouro import A\nfrom ..memory import KV",
         "auto.py": "from transformers.models.auto import modeling_auto\nfrom transformers import AutoModelForCausalLM",
         "training/trainer.py": "from transformers import Trainer\nfrom ..auto import Auto\nfrom ..data import depo",
         "cli.py": "from .training import trainer\nfrom .session import Session\nprint('hello')",

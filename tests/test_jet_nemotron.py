@@ -24,9 +24,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sleep import SleepConfig, SleepLMConfig
+from hf_sleep.bases import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.layers import Jet
-from hf_sleep.models import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel
 from hf_sleep.ops import dynamic_short_convolution, gated_delta_rule
 
 FOLDER = Path(__file__).parent / "goldens" / "jet_nemotron"

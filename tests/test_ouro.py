@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from hf_sleep import SleepLMConfig
-from hf_sleep.models import OuroConfig, OuroForCausalLM, OuroModel
+from hf_sleep.bases import OuroConfig, OuroForCausalLM, OuroModel
 
 FOLDER = Path(__file__).parent / "goldens" / "ouro"
 UPSTREAM = sorted((FOLDER / "upstream_configs").glob("*.json"))

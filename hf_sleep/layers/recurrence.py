@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from ..config import is_whole
+from ..checks import is_whole
 
 State = tuple[torch.Tensor, torch.Tensor]
 """What a fast-weight layer carries from token to token: `recurrent_state` `[B, H, K, V]` fp32 (fp64 in an fp64 model)

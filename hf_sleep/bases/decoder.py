@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from .compat import CACHE
-from .layers.recurrence import State
-from .offload import as_forward, loaded
-from .ops import gated_delta_rule, short_convolution
+from ..compat import CACHE
+from ..layers.recurrence import State
+from ..ops import gated_delta_rule, short_convolution
+from ..placement import as_forward, loaded
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 

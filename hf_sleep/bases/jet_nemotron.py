@@ -31,8 +31,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..checks import is_whole
 from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
-from ..config import is_whole
 from ..generation import RecurrentGenerationMixin
 from ..layers import Jet
 from ..layers.recurrence import GATES, State

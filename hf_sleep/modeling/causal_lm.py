@@ -26,13 +26,13 @@ from transformers.integrations.peft import maybe_load_adapters
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from .cache import SleepCache
-from .compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
-from .config import SleepConfig, SleepLMConfig, check_keywords, check_model_type
-from .decoders import Decoder, decoder_for
-from .dtypes import emulated_dtype_of
-from .generation import RecurrentGenerationMixin
-from .hub import (
+from ..bases.decoder import Decoder, decoder_for
+from ..cache import SleepCache
+from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
+from ..config import SleepConfig, SleepLMConfig, check_keywords, check_model_type
+from ..dtypes import emulated_dtype_of
+from ..generation import RecurrentGenerationMixin
+from ..hub import (
     AUTO_MAP,
     TAGS,
     CardFacts,
@@ -43,12 +43,12 @@ from .hub import (
     write_model_card,
     write_remote_code,
 )
-from .layers import FastWeightBlock
-from .layers.recurrence import GATES, keeping
-from .offload import compute_device
-from .packing import MARKS, refuse_packed
-from .sleep import PassHook, Piece, Sleeper, SleepHook
-from .state import fingerprint
+from ..layers import FastWeightBlock
+from ..layers.recurrence import GATES, keeping
+from ..packing import MARKS, refuse_packed
+from ..placement import compute_device
+from ..sleep import PassHook, Piece, Sleeper, SleepHook
+from ..state import fingerprint
 
 logger = logging.get_logger(__name__)
 

@@ -1,0 +1,101 @@
+"""What can be added from outside the package, by name: base families, blocks, evictions, pass policies, and what
+happens between passes. Nothing here needs torch, so that a name can be checked and listed without it."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type)
+
+
+class Registry:
+    """Classes by name, on one axis.
+
+    Args:
+        axis: what the classes are, in words, for errors: `"eviction"`.
+        home: the module that defines this package's own ones; it is imported when a name is first asked for.
+        decorator: name of the public function that registers one, for errors.
+    """
+
+    def __init__(self, axis: str, home: str, decorator: str):
+        self.axis, self.home, self.decorator = axis, home, decorator
+        self._classes: dict[str, type] = {}
+
+    def register(self, *names: str) -> Callable[[C], C]:
+        """Decorate a class, which can then be asked for by each of `names`.
+
+        Registering a class again under its own name, as a notebook's cell does that is run twice, replaces it.
+
+        Raises:
+            ValueError: a name that another class has.
+        """
+
+        def add(new: C) -> C:
+            for name in names:
+                old = self._classes.get(name)
+                if old is not None and (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+                    raise ValueError(
+                        f"{self.decorator}({name!r}): {old.__module__}.{old.__qualname__} has that name already, "
+                        "choose another"
+                    )
+            for name in names:
+                self._classes[name] = new
+            return new
+
+        return add
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        importlib.import_module(self.home)
+        return sorted(self._classes)
+
+    def __contains__(self, name: object) -> bool:
+        importlib.import_module(self.home)
+        return name in self._classes
+
+    def __getitem__(self, name: str) -> Any:
+        """The class of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        importlib.import_module(self.home)
+        return self._classes[name]
+
+    def name_of(self, kind: type) -> str | None:
+        """The first name under which a class is registered; `None`: under none."""
+        importlib.import_module(self.home)
+        return next((name for name, known in self._classes.items() if known is kind), None)
+
+    def module_of(self, name: str) -> str | None:
+        """The module that has to be imported for a name; `None` for what this package brings, or an unknown name."""
+        kind = self._classes.get(name)
+        if kind is None or kind.__module__.partition(".")[0] == __package__:
+            return None
+        module = kind.__module__
+        spec = getattr(sys.modules.get(module), "__spec__", None)
+        return spec.name if module == "__main__" and spec is not None else module
+
+    def what_works(self, module: str | None = None) -> str:
+        """What to say of a name that is not known.
+
+        Args:
+            module: the one that registered it where it was saved, if that is known.
+        """
+        if module is not None:
+            return f"it was registered by {module}, which has not been imported here: import {module} first"
+        return f"it must be one of {', '.join(self.names())}, or be registered with hf_sleep.{self.decorator} first"
+
+
+BASES = Registry("base family", "hf_sleep.bases", "register_base")
+BLOCKS = Registry("block", "hf_sleep.layers", "register_block")
+EVICTIONS = Registry("eviction", "hf_sleep.engine", "register_eviction")
+PASS_POLICIES = Registry("pass policy", "hf_sleep.engine", "register_pass_policy")
+BETWEEN = Registry("what happens between passes", "hf_sleep.engine", "register_between")
+
+register_base = BASES.register
+register_block = BLOCKS.register
+register_eviction = EVICTIONS.register
+register_pass_policy = PASS_POLICIES.register
+register_between = BETWEEN.register
