@@ -7,6 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -381,6 +382,23 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
         handle = RemovableHandle(self._pass_hooks)
         self._pass_hooks[handle.id] = hook
         return handle
+
+    @contextmanager
+    def sleeping(self, **settings: Any) -> Iterator["SleepForCausalLM"]:
+        """Sleep with other settings inside a `with` block, and with the old ones again after it.
+
+        Args:
+            settings: fields of `SleepConfig` other than the blocks': `model.sleeping(sleep_passes=3, eviction="hard")`.
+
+        Raises:
+            ValueError: settings that do not fit the base, or other blocks; nothing has changed then.
+        """
+        before = self.config.sleep
+        self.config.sleep = before.changed(settings).resolve(self.config.text_config)
+        try:
+            yield self
+        finally:
+            self.config.sleep = before
 
     def slot_devices(self) -> list[torch.device]:
         """Where each layer's cache lives, in running order."""

@@ -1,0 +1,190 @@
+"""What a sequence carries from call to call, as values: the window's KV, the fast weights, what the next sleep needs.
+
+Nothing here is ever written in place. To read or to sleep is to make a new `Memory` of an old one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+
+class KV(NamedTuple):
+    """Keys and values of one attention layer, rows left-aligned, batch first.
+
+    Args:
+        keys: `[B, H, T, D]`, rotated by their positions.
+        values: `[B, H, T, V]`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class FastWeights(NamedTuple):
+    """What a linear-recurrent layer carries from token to token, batch first.
+
+    Args:
+        recurrent_state: S, `[B, H, K, V]`, fp32 (fp64 in an fp64 model).
+        conv_state: `[B, D, W]`, the last W inputs of its short convolution, oldest first.
+    """
+
+    recurrent_state: torch.Tensor
+    conv_state: torch.Tensor
+
+
+Carried = KV | FastWeights | None
+"""What one slot carries; `None` where nothing was read yet, or there is nothing to carry."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Counters of one sequence, in tokens.
+
+    Args:
+        seen: real tokens read since the sequence began.
+        fill: tokens in the current window, not yet slept on.
+        retained: tokens whose KV survived the last eviction (sinks included).
+        position: position number of the next token.
+        sleeps: sleeps so far.
+        pads: `mark_of` the columns that were pads in the calls that read the row; `None` where that is not known. Not
+            the row's own: rows that read the same are equal, whatever their neighbours made of their columns.
+    """
+
+    seen: int = 0
+    fill: int = 0
+    retained: int = 0
+    position: int = 0
+    sleeps: int = 0
+    pads: int | None = field(default=0, compare=False)
+
+    @property
+    def kv_length(self) -> int:
+        """Tokens whose KV is held."""
+        return self.retained + self.fill
+
+    def after_reading(self, tokens: int) -> "Counters":
+        """The counters when `tokens` more have been read into the window."""
+        seen, fill, position = self.seen + tokens, self.fill + tokens, self.position + tokens
+        return Counters(seen, fill, self.retained, position, self.sleeps, self.pads)
+
+    def after_sleep(self, retained: int, position: int) -> "Counters":
+        """The counters when the window has been slept on and evicted."""
+        return Counters(self.seen, 0, retained, position, self.sleeps + 1, self.pads)
+
+
+def mark_of(columns: torch.Tensor) -> int:
+    """A number of 64 bits that tells sets of columns (integers, 1-D) apart; those of disjoint sets add up."""
+    mixed = columns.long() + 1
+    for factor in (-7046029254386353131, -4658895280553007687):  # splitmix64's
+        mixed = mixed * factor
+        mixed = mixed ^ (mixed >> 29)
+    return int(mixed.sum()) % 2**64
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A batch of sequences between two steps. A value.
+
+    Args:
+        counters: per row.
+        carried: per slot of the running order, what that layer carries.
+        window_start: per fast-weight slot, what a rewind to the current window's start needs.
+        hidden: `[B, T, C]`, what the looped layers made of the current window in pass 1: where the next sleep starts.
+        loop_input: `[B, T, C]`, what they made it of, where what happens between two passes asks for it.
+        columns: columns of the calls that read it, pads included.
+    """
+
+    counters: tuple[Counters, ...] = ()
+    carried: tuple[Carried, ...] = ()
+    window_start: Mapping[int, FastWeights] = field(default_factory=dict)
+    hidden: torch.Tensor | None = None
+    loop_input: torch.Tensor | None = None
+    columns: int = 0
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Memory":
+        """Apply `function` to every tensor."""
+        return replace(
+            self,
+            carried=tuple(None if pair is None else type(pair)(*map(function, pair)) for pair in self.carried),
+            window_start={slot: FastWeights(*map(function, pair)) for slot, pair in self.window_start.items()},
+            hidden=None if self.hidden is None else function(self.hidden),
+            loop_input=None if self.loop_input is None else function(self.loop_input),
+        )
+
+    def select(self, rows: Sequence[int]) -> "Memory":
+        """The given rows, in the given order, repeats allowed; of all rows as they are it is `self`, without a copy."""
+        if list(rows) == list(range(len(self.counters))):
+            return self
+        index = torch.tensor(rows, dtype=torch.long)
+        part = self.map(lambda t: t.index_select(0, index.to(t.device)))
+        return replace(part, counters=tuple(self.counters[b] for b in rows))
+
+    def merge(self, rows: Sequence[int], part: "Memory") -> "Memory":
+        """This batch with its `rows`, each once, replaced by those of `part`."""
+        batch = len(self.counters)
+        if list(rows) == list(range(batch)):
+            return part
+        index = torch.tensor(rows, dtype=torch.long)
+
+        def place(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+            if new is None:
+                return old
+            old = new.new_zeros(batch, *new.shape[1:]) if old is None else old
+            old, new = _same_width(old, new)
+            return old.index_copy(0, index.to(new.device), new)
+
+        def pair(old: Any, new: Any) -> Any:
+            if new is None:
+                return old
+            return type(new)(*(place(*tensors) for tensors in zip(old or (None, None), new, strict=True)))
+
+        counters = list(self.counters)
+        for b, row in zip(rows, part.counters, strict=True):
+            counters[b] = row
+        return Memory(
+            tuple(counters),
+            tuple(pair(old, new) for old, new in zip(self.carried, part.carried, strict=True)),
+            {slot: pair(self.window_start[slot], new) for slot, new in part.window_start.items()},
+            place(self.hidden, part.hidden),
+            place(self.loop_input, part.loop_input),
+            self.columns,
+        )
+
+    def detach_rows(self, rows: Sequence[int]) -> "Memory":
+        """This batch, through whose `rows` no gradient passes."""
+        return self.merge(rows, self.select(rows).map(torch.Tensor.detach)) if rows else self
+
+    def with_columns(self, start: Sequence[int], counts: Sequence[int], width: int) -> "Memory":
+        """Note the columns of a call that has been read.
+
+        Args:
+            start: per row, the call's first column with a token.
+            counts: per row, how many have one.
+            width: columns of the call.
+        """
+        counters = list(self.counters)
+        for b, (row, first, count) in enumerate(zip(counters, start, counts, strict=True)):
+            if count < width and row.pads is not None:
+                column = torch.arange(self.columns, self.columns + width)
+                pads = torch.cat((column[:first], column[first + count :]))
+                counters[b] = replace(row, pads=(row.pads + mark_of(pads)) % 2**64)
+        return replace(self, counters=tuple(counters), columns=self.columns + width)
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        pairs = (*self.carried, *self.window_start.values(), (self.hidden, self.loop_input))
+        return sum(t.numel() * t.element_size() for pair in pairs if pair is not None for t in pair if t is not None)
+
+
+def _same_width(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad the shorter one with zeros after its tokens (dimension -2), where rows hold different numbers of them."""
+    width = max(a.shape[-2], b.shape[-2])
+    if a.shape[-2] == b.shape[-2]:
+        return a, b
+
+    def pad(t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[-2]))
+
+    return pad(a), pad(b)
