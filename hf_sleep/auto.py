@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import logging
 
 from .config import SleepConfig, SleepLMConfig, check_keywords
 from .dtypes import dtype_to_load
-from .modeling.causal_lm import HUB_KEYWORDS, SleepForCausalLM, joined_reports, load_base
+from .modeling import SleepForCausalLM
+from .modeling.only_sleep import HUB_KEYWORDS, joined_reports
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +63,7 @@ class AutoModelForSleepLM:
                 "PeftModel), then retrofit the result with SleepForCausalLM.from_base"
             )
         check_keywords(kwargs, config)
-        base, report = load_base(pretrained_model_name_or_path, kwargs)
+        base, report = _load_base(pretrained_model_name_or_path, kwargs)
         model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
         if report is None:
             return model
@@ -83,3 +84,9 @@ def _native_dtype(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         f'faster here and of the same values. Pass dtype="{saved}" to keep it.'
     )
     return {"dtype": dtype}
+
+
+def _load_base(source: Any, kwargs: dict) -> tuple[PreTrainedModel, dict | None]:
+    """A base model, and the loading report where `output_loading_info` asks for it."""
+    base = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    return base if isinstance(base, tuple) else (base, None)

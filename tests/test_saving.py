@@ -257,7 +257,7 @@ def test_new_weights_alone_are_refused_where_the_base_has_learned_too(bases, tmp
 def test_new_weights_on_another_base_of_the_same_shape_warn(bases, tmp_path, monkeypatch):
     retrofit(bases("llama")).save_pretrained(tmp_path, only_sleep=True)
     warnings = []
-    monkeypatch.setattr("hf_sleep.modeling.causal_lm.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_sleep.modeling.checkpoint.logger.warning", warnings.append)
     SleepForCausalLM.from_pretrained(tmp_path)
     assert not warnings
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

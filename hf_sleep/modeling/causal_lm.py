@@ -1,93 +1,41 @@
 """SleepForCausalLM: a pretrained decoder LM that sleeps."""
 
-import copy
 import functools
 import hashlib
-import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.peft import maybe_load_adapters
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import logging
 
 from ..bases.decoder import Decoder, decoder_for
 from ..cache import SleepCache
 from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, GenerationMixin, takes_cache
-from ..config import SleepConfig, SleepLMConfig, check_keywords, check_model_type
+from ..config import SleepConfig, SleepLMConfig
 from ..dtypes import emulated_dtype_of
 from ..generation import RecurrentGenerationMixin
-from ..hub import (
-    AUTO_MAP,
-    TAGS,
-    CardFacts,
-    Repository,
-    forget_folders,
-    hub_id,
-    is_untrained,
-    write_model_card,
-    write_remote_code,
-)
-from ..layers import FastWeightBlock
+from ..hub import TAGS, CardFacts
 from ..layers.recurrence import GATES, keeping
 from ..packing import MARKS, refuse_packed
 from ..placement import compute_device
 from ..sleep import PassHook, Piece, Sleeper, SleepHook
 from ..state import fingerprint
+from .checkpoint import CheckpointMixin
 
 logger = logging.get_logger(__name__)
 
-# What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
-# Of an only-sleep checkpoint's keywords, those for the base: how its weights are laid out and computed with.
-BASE_KEYWORDS = (
-    "attn_implementation",
-    "experts_implementation",
-    "quantization_config",
-    "gguf_file",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_buffers",
-    "distributed_config",
-    "device_mesh",
-    "tp_plan",
-    "tp_size",
-    "use_kernels",
-    "kernel_config",
-    "allow_all_kernels",
-    "fusion_config",
-)
-# And those for base and new weights alike. All others are of the new weights' files: revision, subfolder, variant, …
-SHARED_KEYWORDS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "token",
-    "ignore_mismatched_sizes",
-    "weights_only",
-    "disable_mmap",
-    "tqdm_class",
-)
-# Of save_pretrained's, those for push_to_hub.
-PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 # What PEFT, accelerate and transformers ask a model to learn how its linear layers are stored.
 QUANTISATION = {"is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"}
 # Of what stock models take as further keywords, what no answer here depends on, and the values with which others say
@@ -166,73 +114,7 @@ class Headless(nn.Module):
         return type(self.model).forward(self.model, *args, **kwargs, skip_head=True)
 
 
-class SleepPreTrainedModel(PreTrainedModel):
-    """What a sleeping model and its blocks alone share: how they are loaded and initialised."""
-
-    config_class = SleepLMConfig
-    _keep_in_fp32_modules_strict = list(GATES)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    def make_blocks(self) -> nn.ModuleDict:
-        """The config's blocks, by the decoder layer that they follow; their weights are anything."""
-        sleep, text = self.config.sleep, self.config.text_config
-        return nn.ModuleDict(
-            {
-                str(layer): FastWeightBlock(
-                    sleep.block_kind,
-                    text.hidden_size,
-                    sleep.block_num_heads,
-                    sleep.block_head_dim,
-                    sleep.block_expand_v,
-                    sleep.block_conv_size,
-                    getattr(text, "rms_norm_eps", 1e-6),
-                )
-                for layer in sleep.block_layers
-            }
-        )
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # All initialisation here leaves loaded weights alone. transformers doubts that of custom code, and then skips
-        # every module without parameters of its own, as a block is.
-        return False
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # The base's experts are run by its own code, as the base was loaded to run them.
-        return True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FastWeightBlock):
-            with torch.no_grad():
-                module.init_weights(getattr(self.config.text_config, "initializer_range", 0.02))
-
-
-class SleepBlocks(SleepPreTrainedModel):
-    """The fast-weight blocks alone, as an only-sleep checkpoint holds them.
-
-    Args:
-        config: of the sleeping model that they are a part of.
-    """
-
-    def __init__(self, config: SleepLMConfig):
-        super().__init__(config)
-        self.fast_weights = self.make_blocks()
-        self.report: Any = None
-        self.post_init()
-
-    @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        model.report = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        return model.report
-
-    def load_adapter(self, *_: Any, **__: Any) -> Any:
-        # An adapter beside the weights is the whole model's: it is loaded there.
-        return self.report
-
-
-class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
+class SleepForCausalLM(CheckpointMixin, RecurrentGenerationMixin):
     """A base decoder LM (`lm`, untouched) with fast-weight blocks (`fast_weights`), run window by window.
 
     Make one from a base with `AutoModelForSleepLM.from_pretrained`, or from a model in memory with `from_base`.
@@ -892,248 +774,6 @@ class SleepForCausalLM(SleepPreTrainedModel, RecurrentGenerationMixin):
             inputs["attention_mask"] = mask[:, -given.shape[1] :]
         return inputs
 
-    # Saving and loading.
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *,
-        only_sleep: bool = False,
-        push_to_hub: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a checkpoint with its model card, which a person's README.md takes the place of.
-
-        Args:
-            save_directory: a folder, made where missing.
-            only_sleep: write the fast-weight blocks alone; the base is loaded again from where it came from.
-            push_to_hub: push it as well, with `push_to_hub`'s arguments; `repo_id` is the folder's name by default.
-            state_dict: the weights, where they are not all here (sharded ones that were gathered).
-            kwargs: as in `PreTrainedModel.save_pretrained`.
-
-        Raises:
-            ValueError: where what would be written could not be loaded again.
-        """
-        if push_to_hub:
-            hub = {key: kwargs.pop(key) for key in PUSH_KEYWORDS if key in kwargs}
-            repo_id = hub.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, only_sleep=only_sleep, state_dict=state_dict, **hub, **kwargs)
-        self._check_loads_again(only_sleep, state_dict)
-        self._save(save_directory, Path(save_directory).resolve().name, only_sleep, state_dict, **kwargs)
-
-    def _check_loads_again(self, only_sleep: bool, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Whether a checkpoint would be all that this model is."""
-        if state_dict is None and self._is_sharded():
-            raise ValueError(
-                "the model's weights are sharded over ranks (FSDP): save with trainer.save_model() on all ranks, or "
-                "pass the gathered ones as state_dict"
-            )
-        if getattr(self, "peft_config", None) is not None and not self._hf_peft_config_loaded:
-            raise ValueError(
-                "the model carries PEFT adapters: call save_pretrained of the PeftModel for the adapter, or save what "
-                "its merge_and_unload() returns"
-            )
-        if not only_sleep:
-            if getattr(self.lm, "hf_quantizer", None) is not None:
-                raise ValueError(
-                    "the base is quantised, and a quantised base cannot be written inside a sleep checkpoint: use "
-                    "save_pretrained(..., only_sleep=True)"
-                )
-            return
-        if not self.config.base_model_name_or_path:
-            raise ValueError(
-                "only_sleep=True needs to know where the base comes from, and this one was built in memory: set "
-                "config.base_model_name_or_path, or save everything"
-            )
-        if self.config.base_fingerprint != fingerprint(self.lm):
-            raise ValueError(
-                "only_sleep=True would lose what the base learned: its weights are no longer those it was loaded with. "
-                "Save everything"
-            )
-        if not self.fast_weights:
-            raise ValueError(
-                "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
-            )
-
-    def _save(
-        self,
-        folder: str | os.PathLike,
-        name: str,
-        only_sleep: bool,
-        state_dict: dict[str, torch.Tensor] | None,
-        card: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write weights, config, card and the file that points to this package."""
-        if self._hf_peft_config_loaded:
-            # Of adapters that transformers added, it writes the adapter alone.
-            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
-            return
-        if only_sleep:
-            state_dict = {k: v for k, v in (state_dict or self.state_dict()).items() if k.startswith("fast_weights.")}
-        untrained = is_untrained(
-            self.fast_weights.state_dict(prefix="fast_weights.") if state_dict is None else state_dict
-        )
-        if getattr(self.generation_config, "sleep_passes", None) is not None:
-            # Of a generation config that was made of a model's config, loading drops what transformers does not know.
-            self.generation_config._from_model_config = False
-        # trust_remote_code marks the class, and then its file would be copied: the code stays in the package.
-        self.config._auto_class = None
-        self.config.auto_map, self.config.only_sleep = dict(AUTO_MAP), only_sleep
-        try:
-            super().save_pretrained(folder, state_dict=state_dict, **kwargs)
-            if kwargs.get("is_main_process", True):
-                write_remote_code(folder)
-                write_model_card(self, folder, name, untrained=untrained, **(card or {}))
-        finally:
-            self.config.only_sleep = False
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        only_sleep: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        tags: list[str] | None = None,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo:
-        """Write a checkpoint to the Hub, with a model card unless a person wrote the one that is there.
-
-        Args:
-            repo_id: `"name"` or `"owner/name"`; made where there is none.
-            only_sleep: as in `save_pretrained`.
-            commit_message: of the commit.
-            commit_description: of the commit.
-            private: whether a new repository is private.
-            token: for the Hub; by default the one that is logged in.
-            revision: branch to push to, made where there is none.
-            create_pr: open a pull request instead.
-            tags: for the card, besides its own.
-            state_dict: as in `save_pretrained`.
-            kwargs: as in `save_pretrained` (max_shard_size, …).
-
-        Raises:
-            ValueError: where what would be written could not be loaded again, by others either.
-        """
-        self._check_loads_again(only_sleep, state_dict)
-        base = self.config.base_model_name_or_path
-        if only_sleep and hub_id(base) is None:
-            raise ValueError(
-                f"only_sleep=True would send those who load {repo_id} to {base!r}, a folder of this machine: set "
-                "config.base_model_name_or_path to the base's id on the Hub, or push everything"
-            )
-        hub = Repository(repo_id, private, token, revision, create_pr)
-        card = {"tags": tags or (), "download": True, "token": token}
-        with TemporaryDirectory() as folder:
-            self._save(folder, hub.repo_id, only_sleep, state_dict, card, **kwargs)
-            forget_folders(folder)
-            return hub.push(folder, commit_message, commit_description)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        config: PreTrainedConfig | str | os.PathLike | None = None,
-        sleep: SleepConfig | dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a sleep checkpoint, from a folder or the Hub.
-
-        Args:
-            pretrained_model_name_or_path: what `save_pretrained` or `push_to_hub` wrote, or an adapter for it.
-            config: instead of the checkpoint's own.
-            sleep: settings to change, as in `AutoModelForSleepLM.from_pretrained`.
-            kwargs: as in `PreTrainedModel.from_pretrained`, fields of the config among them; those of the base's are
-                set as `text_config={...}`. Of an only-sleep checkpoint, those that say how weights are laid out and
-                computed with (dtype, device_map, quantization_config, attn_implementation, …) go to the base, and its
-                blocks follow the layers that they stand after; those that say where a checkpoint is (revision,
-                subfolder, variant, …) are for the new weights.
-
-        Raises:
-            ValueError: a checkpoint of another kind, as of a base that was not retrofitted.
-            TypeError: a keyword that nothing takes.
-        """
-        name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
-        adapter, name, adapter_kwargs = maybe_load_adapters(name, hub, **(kwargs.pop("adapter_kwargs", None) or {}))
-        if adapter is not None:
-            adapter_kwargs["_adapter_model_path"] = adapter
-        config, kwargs = _config_of(name, config, hub, kwargs)
-        if sleep is not None:
-            config.sleep = config.sleep.changed(sleep).resolve(config.text_config)
-        if not config.only_sleep:
-            return super().from_pretrained(name, *args, config=config, adapter_kwargs=adapter_kwargs, **kwargs)
-        return cls._from_blocks(name, *args, config=config, adapter_kwargs=adapter_kwargs, **kwargs)
-
-    @classmethod
-    def _from_blocks(
-        cls,
-        name: Any,
-        *args: Any,
-        config: SleepLMConfig,
-        adapter_kwargs: dict[str, Any],
-        adapter_name: str = "default",
-        generation_config: Any = None,
-        output_loading_info: bool = False,
-        trust_remote_code: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load an only-sleep checkpoint: the base from where it came, then the blocks on it."""
-        base, base_report = _base_of(config, kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key not in (*BASE_KEYWORDS, "dtype", "torch_dtype")}
-        adapter = adapter_kwargs.pop("_adapter_model_path", None)
-        blocks, report = SleepBlocks.from_pretrained(
-            name, *args, config=config, dtype=base.dtype, output_loading_info=True, **kwargs
-        )
-        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        if missing and unexpected:
-            raise ValueError(
-                f"{name} does not hold this model's fast weights: missing {missing[:3]}, unexpected {unexpected[:3]}"
-            )
-        model = cls.from_base(base, config.sleep)
-        # What is missing stays as a fresh retrofit has it.
-        fresh = {*missing, *(key for key, *_ in report["mismatched_keys"])}
-        loaded = {key: weight for key, weight in blocks.state_dict().items() if key not in fresh}
-        model.load_state_dict(loaded, strict=False)
-
-        made = model.config
-        if config.base_fingerprint not in (None, made.base_fingerprint):
-            logger.warning(
-                f"The base loaded from {config.base_model_name_or_path} has other weights than the one these "
-                "fast weights "
-                "were made with (another revision or quantisation?): what they remember may not fit it."
-            )
-        attention, experts = made._attn_implementation, made._experts_implementation
-        for field in ("text_config", "dtype", "base_fingerprint", "only_sleep"):
-            setattr(config, field, getattr(made, field))
-        config._attn_implementation, config._experts_implementation = attention, experts
-        model.config = config
-        if name is not None:
-            model.name_or_path = config.name_or_path = str(name)
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
-        default = {"revision": "main", "subfolder": "", "force_download": False, "local_files_only": False}
-        download: dict[str, Any] = dict.fromkeys(HUB_KEYWORDS) | default | hub
-        download |= {"trust_remote_code": trust_remote_code}
-        model.adjust_generation_fn(generation_config, False, None, name, **download)
-        model.eval()
-        info = joined_reports(base_report, report)
-        if adapter is not None:
-            if adapter != name:
-                hub.pop("revision", None)
-            adapted = model.load_adapter(
-                adapter, adapter_name=adapter_name, adapter_kwargs=hub | adapter_kwargs, dtype=model.dtype
-            )
-            info = adapted.to_dict()
-        return (model, info) if output_loading_info else model
-
 
 def _largest_of_ranks(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
@@ -1222,89 +862,6 @@ def _wanted(targets: torch.Tensor | None, layout: Layout, keep: int) -> list[lis
     return [
         [start + j >= first for j in range(count)] for start, count in zip(layout.start, layout.counts, strict=True)
     ]
-
-
-def load_base(source: Any, kwargs: dict) -> tuple[PreTrainedModel, dict | None]:
-    """A base model, and the loading report where `output_loading_info` asks for it."""
-    base = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    return base if isinstance(base, tuple) else (base, None)
-
-
-def _config_of(
-    name: Any, given: PreTrainedConfig | str | os.PathLike | None, hub: dict, kwargs: dict
-) -> tuple[SleepLMConfig, dict]:
-    """A sleep checkpoint's config, ours to change, with the fields that `kwargs` name; and the other `kwargs`."""
-    if isinstance(given, PreTrainedConfig):
-        file = None
-        if name is not None:
-            file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-        if file is not None:
-            check_model_type(json.loads(Path(file).read_text(encoding="utf-8")).get("model_type"), name)
-        check_model_type(given.model_type, f"config={type(given).__name__}(...)")
-        config: Any = copy.deepcopy(given)
-    else:
-        defaults = SleepLMConfig()
-        names = [key for key in kwargs if key not in ("dtype", "torch_dtype") and hasattr(defaults, key)]
-        fields = {key: kwargs.pop(key) for key in names}
-        config = SleepLMConfig.from_pretrained(name if given is None else given, **hub, **fields)
-    check_keywords(kwargs, config.text_config)
-    for key in kwargs:
-        if key not in ("dtype", "torch_dtype") and hasattr(config.text_config, key):
-            raise TypeError(f"{key} is a setting of the base: pass text_config={{{key!r}: {kwargs[key]!r}}}")
-    return config, kwargs
-
-
-def _base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]:
-    """The base of an only-sleep checkpoint, with the settings that it had when the checkpoint was written."""
-    source = config.base_model_name_or_path
-    if source is None:
-        raise ValueError(
-            "the checkpoint holds fast weights alone, and its config does not say of which base: pass "
-            "base_model_name_or_path=..."
-        )
-    asked = {key: kwargs[key] for key in (*BASE_KEYWORDS, *SHARED_KEYWORDS) if kwargs.get(key) is not None}
-    if kwargs.get("use_safetensors"):
-        asked["use_safetensors"] = True
-    if isinstance(asked.get("device_map"), dict):
-        asked["device_map"] = _map_of_base(asked["device_map"])
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    asked["dtype"] = dtype if dtype not in (None, "auto") else config.dtype or "auto"
-    lookup = {key: asked[key] for key in (*HUB_KEYWORDS, "gguf_file") if key in asked}
-    own = AutoConfig.from_pretrained(source, **lookup)
-    _check_same_base(config.text_config, own.get_text_config())
-    text = copy.deepcopy(config.text_config)
-    # Whether its files are quantised is for them to say.
-    if getattr(own, "quantization_config", None) is not None:
-        text.quantization_config = own.quantization_config
-    elif hasattr(text, "quantization_config"):
-        del text.quantization_config
-    return AutoModelForCausalLM.from_pretrained(source, config=text, output_loading_info=True, **asked)
-
-
-def _map_of_base(device_map: dict[str, Any]) -> dict[str, Any]:
-    """The base's part of a device map that names modules as a whole checkpoint does; the base's own names are left."""
-    return {
-        name if not f"{name}.".startswith("lm.") else name.removeprefix("lm").removeprefix("."): device
-        for name, device in device_map.items()
-        if not f"{name}.".startswith("fast_weights.")
-    }
-
-
-def joined_reports(base: dict, blocks: dict) -> dict:
-    """One loading report of a base's and its blocks', in the names of the whole model."""
-    joined: dict[str, set] = {key: {f"lm.{name}" for name in base[key]} for key in ("missing_keys", "unexpected_keys")}
-    joined["mismatched_keys"] = {(f"lm.{name}", *shapes) for name, *shapes in base["mismatched_keys"]}
-    joined = {key: names | blocks.get(key, set()) for key, names in joined.items()}
-    return {**joined, "error_msgs": [*base["error_msgs"], *blocks.get("error_msgs", ())]}
-
-
-def _check_same_base(saved: PreTrainedConfig, loaded: PreTrainedConfig) -> None:
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        if getattr(saved, key, None) != getattr(loaded, key, None):
-            raise ValueError(
-                f"the base has {key}={getattr(loaded, key, None)!r}, the fast weights were made for "
-                f"{getattr(saved, key, None)!r}: base_model_name_or_path points to another model"
-            )
 
 
 AutoConfig.register("sleep_lm", SleepLMConfig, exist_ok=True)
