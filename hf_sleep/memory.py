@@ -172,6 +172,30 @@ class Memory:
                 counters[b] = replace(row, pads=(row.pads + mark_of(pads)) % 2**64)
         return replace(self, counters=tuple(counters), columns=self.columns + width)
 
+    def check_past(self, past: torch.Tensor | None) -> None:
+        """Check that a mask over the columns read so far is the one that they were read with.
+
+        Args:
+            past: `[B, columns]`, 0 at pads; `None`: all are tokens.
+
+        Raises:
+            ValueError: it is not, which could only be ignored: what was read cannot be changed.
+        """
+        column = torch.arange(self.columns)
+        said = torch.ones(len(self.counters), self.columns) if past is None else past.detach().cpu()
+        for b, row in enumerate(self.counters):
+            tokens, pads = int((said[b] != 0).sum()), column[said[b] == 0]
+            if tokens == row.seen and (row.pads is None or mark_of(pads) == row.pads):
+                continue
+            differs = f"row {b} has {tokens} tokens in the past, and cache has read {row.seen}"
+            if tokens == row.seen:
+                differs = f"the pads in the past of row {b} stand at other columns than in what cache has read"
+            raise ValueError(
+                f"attention_mask says that {differs}. What was read cannot be changed: pass a mask that agrees over "
+                "the past (generate reads no pads after a row's end: they are 0 in it), or read the whole conversation "
+                "again with an empty SleepCache"
+            )
+
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         pairs = (*self.carried, *self.window_start.values(), (self.hidden, self.loop_input))

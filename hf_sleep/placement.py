@@ -1,12 +1,14 @@
-"""Reading weights that are elsewhere until their module is called: off their device, or on all ranks."""
+"""Where weights are, when that is not here: off their device, or a part on each rank; and what ranks must agree on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 
 def compute_device(module: nn.Module) -> torch.device:
@@ -44,7 +46,7 @@ def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any)
     def without_views(*arguments: Any) -> Any:
         # FSDP2 warns of views, which it cannot watch.
         x, pair = function(*arguments)
-        return x, tuple(t.clone() if t._is_view() else t for t in pair)
+        return x, type(pair)(*(t.clone() if t._is_view() else t for t in pair))
 
     holder: Any = module
     holder._as_forward = without_views
@@ -52,3 +54,63 @@ def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any)
     run = holder._as_forward
     del holder._as_forward
     return run(*arguments)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold a part of the weights each (FSDP2)."""
+    return dist.is_initialized() and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest of every rank's `number`."""
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def is_known_zero(parameter: torch.Tensor) -> bool:
+    """Whether all values are zero; of a sharded one, this rank's part, as not all ranks may ask."""
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return not here.is_meta and here.numel() > 0 and not bool(here.any())
+
+
+def check_whole(model: nn.Module) -> None:
+    """Check that a forward finds the parameters that it needs.
+
+    Raises:
+        ValueError: a copy without parameters (nn.DataParallel), or DeepSpeed ZeRO-3.
+    """
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ValueError(
+            "nn.DataParallel, in which Trainer wraps a model on a machine with several GPUs, makes copies without "
+            "parameters of their own: start one process per GPU, with torchrun or accelerate launch (DDP, FSDP2)"
+        )
+    if hasattr(first, "ds_id"):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 gathers a module's weights where all ranks call it, and ranks whose rows have other "
+            "numbers of windows would wait for each other for ever. Use FSDP2 (recipes/accelerate/fsdp2.yaml), where "
+            "they agree on the number, or ZeRO-2"
+        )
+
+
+def lengths_in_step(longest: int, device: torch.device, depends_on_data: bool) -> int:
+    """How many tokens a row of each rank reads, where ranks gather each other's weights.
+
+    They must all run the same modules in the same order: as many windows, every one of them to the end. What is read
+    after a row's end has no target, and nothing looks back at it.
+
+    Args:
+        longest: tokens of this rank's longest row.
+        device: of the exchange.
+        depends_on_data: whether the number of passes does.
+
+    Raises:
+        ValueError: it does, so ranks would disagree.
+    """
+    if depends_on_data:
+        raise ValueError(
+            "sleep_passes is a policy that looks at the data, and with sharded weights (FSDP) every rank has to run as "
+            "many passes as the others: use a number"
+        )
+    return largest_of_ranks(longest, device)

@@ -25,6 +25,7 @@ from ..hub import (
     write_model_card,
     write_remote_code,
 )
+from ..placement import is_sharded
 from ..state import fingerprint
 from .only_sleep import BASE_KEYWORDS, HUB_KEYWORDS, SleepBlocks, base_of, joined_reports
 from .pretrained import SleepPreTrainedModel
@@ -72,7 +73,7 @@ class CheckpointMixin(SleepPreTrainedModel):
 
     def _check_loads_again(self, only_sleep: bool, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Whether a checkpoint would be all that this model is."""
-        if state_dict is None and self._is_sharded():
+        if state_dict is None and is_sharded(self):
             raise ValueError(
                 "the model's weights are sharded over ranks (FSDP): save with trainer.save_model() on all ranks, or "
                 "pass the gathered ones as state_dict"

@@ -1,12 +1,18 @@
 """What a sleeping model and its fast-weight blocks alone have in common."""
 
+import hashlib
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import SleepLMConfig
+from ..engine import Between
 from ..layers import FastWeightBlock
 from ..layers.recurrence import GATES
+from ..placement import compute_device
+from ..registry import BETWEEN
 
 
 class SleepPreTrainedModel(PreTrainedModel):
@@ -35,6 +41,10 @@ class SleepPreTrainedModel(PreTrainedModel):
             }
         )
 
+    def make_between(self) -> Between:
+        """What happens between two passes, as the config says."""
+        return BETWEEN[self.config.sleep.between](self.config.text_config.hidden_size)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # All initialisation here leaves loaded weights alone. transformers doubts that of custom code, and then skips
@@ -50,3 +60,24 @@ class SleepPreTrainedModel(PreTrainedModel):
         if isinstance(module, FastWeightBlock):
             with torch.no_grad():
                 module.init_weights(getattr(self.config.text_config, "initializer_range", 0.02))
+        elif isinstance(module, Between):
+            module.init_weights()
+
+
+def draw_blocks(model: Any, base: PreTrainedModel) -> None:
+    """Give a model's blocks, which are on the meta device, the fresh weights that follow from its base.
+
+    The same base gets the same blocks, in every process and on any device, or no memory of a fresh retrofit could be
+    kept. They are drawn in float64, since how float32 is drawn depends on the processor.
+    """
+    std, high = getattr(base.config, "initializer_range", 0.02), torch.promote_types(base.dtype, torch.float32)
+    for layer, block in model.fast_weights.items():
+        seed = hashlib.sha256(f"{model.config.base_fingerprint}/{layer}".encode()).digest()
+        block.to_empty(device="cpu").double()
+        block.init_weights(std, torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8])))
+        for name, parameter in block.named_parameters():
+            is_gate = name.rpartition(".")[2] in GATES
+            parameter.data = parameter.data.float().to(high if is_gate else base.dtype)
+        block.to(compute_device(model.decoder.layers[int(layer)]))
+        for module in block.modules():
+            module._is_hf_initialized = True

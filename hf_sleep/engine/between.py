@@ -1,0 +1,54 @@
+"""What happens between two passes of a sleep.
+
+To add something, subclass `Between` and register it with `@register_between("name")`.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..registry import register_between
+
+
+class Between(nn.Module):
+    """The contract: what the looped layers read in the next pass, made of what they wrote in the last.
+
+    Its parameters are the model's: saved, loaded and trained with it.
+
+    Args:
+        hidden_size: C, of the base.
+    """
+
+    needs_loop_input: ClassVar[bool] = False
+    """Whether `forward` gets what pass 1 read. A memory then keeps it too: `[B, L, C]` more."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, z: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
+        """Make the next pass's input.
+
+        Args:
+            z: `[B, T, C]`, what the last pass made of the window.
+            e: `[B, T, C]`, what pass 1 read; `None` where `needs_loop_input` is false.
+
+        Returns:
+            `[B, T, C]`.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh parameters, of which an untrained model has to stay the base."""
+
+
+@register_between("none")
+class Nothing(Between):
+    """Nothing: a pass reads what the last one wrote.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
+    """
+
+    def forward(self, z: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
+        return z

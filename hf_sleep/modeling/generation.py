@@ -1,0 +1,80 @@
+"""How `generate` uses a sleeping model: its cache, and a conversation that the cache has read a part of."""
+
+import functools
+from typing import Any
+
+import torch
+
+from ..cache import SleepCache
+from ..compat import CACHE, GenerationMixin
+from ..generation import RecurrentGenerationMixin
+from ..packing import refuse_packed
+from .inputs import memory_in
+
+
+class SleepGenerationMixin(RecurrentGenerationMixin):
+    """`generate` with a `SleepCache`; everything else of it is transformers' own."""
+
+    _policy: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast weights: leave it "
+                "unset, a SleepCache is made and is bounded anyway"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask ends with pads, and generate continues from the last column: pad prompts on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
+        # Where the generation config has such an entry, generate has put the keyword there.
+        passes = model_kwargs.setdefault("sleep_passes", getattr(generation_config, "sleep_passes", None))
+        self._policy(passes)
+        if (given := model_kwargs.get(CACHE)) is not None:
+            if generation_config.use_cache is False:
+                raise ValueError("use_cache=False and a cache contradict each other: leave one of them out")
+            # It outlives the call, so a stop that is noticed a step late must not be taken back from it: it cannot be.
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs[CACHE] = SleepCache()
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
+    ) -> Any:
+        """Check a conversation against what its cache has read, before anything of it is read."""
+        embeds, mask, cache = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask", CACHE))
+        width = (input_ids if embeds is None else embeds).shape[1]
+        held = memory_in(cache, self)
+        if held.counters:
+            # A mask of ones generate has dropped by now.
+            said = generation_config._mask_length if mask is None else mask.shape[1]
+            is_whole = embeds is not None or said == width
+            if is_whole and width == held.columns:
+                raise ValueError(
+                    f"cache has read all {width} columns of the input: there is nothing new to read. Append the next "
+                    "question to the conversation"
+                )
+            if width < held.columns if is_whole else said != held.columns + width:
+                raise ValueError(
+                    f"cache has read {held.columns} columns, the input has {width} and attention_mask {said}. With a "
+                    "cache, generate takes the whole conversation, of which it reads what is new; or, as input_ids, "
+                    "new text alone with an attention_mask over both: "
+                    f"attention_mask=torch.ones({len(held.counters)}, {held.columns + width}, dtype=torch.long)"
+                )
+            held.check_past(None if mask is None else mask[:, : held.columns])
+        if (positions := model_kwargs.pop("position_ids", None)) is not None:
+            refuse_packed({"position_ids": positions}, mask)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if (mask := inputs.get("attention_mask")) is not None:
+            # What it says of the past was checked before generate began.
+            given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+            inputs["attention_mask"] = mask[:, -given.shape[1] :]
+        return inputs

@@ -1,0 +1,209 @@
+"""What a call returns: logits and loss, made of what was read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
+
+from ..engine import Read
+from ..labels import IGNORED, next_labels
+from .inputs import Layout
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call is asked for.
+
+    Args:
+        layout: of the columns that are read.
+        targets: `[B, width]`, per column the label of the next; `None` without labels.
+        targets_by_row: `[B, T]` on the CPU, left-aligned, where logits are made just where there is a target.
+        columns_needed: how many of the last columns need logits.
+        wanted: per row and real token, whether its logits are needed; `None` for all.
+    """
+
+    layout: Layout
+    targets: torch.Tensor | None
+    targets_by_row: torch.Tensor | None
+    columns_needed: int
+    wanted: list[list[bool]] | None
+
+    @classmethod
+    def of(
+        cls, labels: torch.Tensor | None, layout: Layout, read: Layout, logits_to_keep: int, in_training: bool
+    ) -> "Asked":
+        """What labels and settings ask for.
+
+        Args:
+            labels: `[B, T]`, or `None`.
+            layout: of the call's columns.
+            read: of those that are read: `layout` itself, or where ranks read in step a longer one.
+            logits_to_keep: how many of the last columns the caller wants to see, 0 for all.
+            in_training: whether nobody wants to see logits that have no target.
+        """
+        keep, in_step = min(logits_to_keep or layout.width, layout.width), read is not layout
+        if labels is None:
+            needed = read.width if in_step else keep
+            return cls(read, None, None, needed, None if in_step else _wanted_columns(read, needed))
+        real = None if layout.is_full else layout.mask().to(labels.device)
+        targets = F.pad(next_labels(labels, real), (0, read.width - layout.width), value=IGNORED)
+        # A loss needs all columns, whatever the caller wants to see of them.
+        if not in_training or logits_to_keep:
+            return cls(read, targets, None, read.width, None)
+        by_row = read.compact(targets).cpu()
+        return cls(read, targets, by_row, read.width, None if in_step else _wanted_targets(read, by_row))
+
+
+def _wanted_columns(layout: Layout, keep: int) -> list[list[bool]] | None:
+    if keep >= layout.width:
+        return None
+    first = layout.width - keep
+    return [
+        [start + j >= first for j in range(count)] for start, count in zip(layout.start, layout.counts, strict=True)
+    ]
+
+
+def _wanted_targets(layout: Layout, targets: torch.Tensor) -> list[list[bool]]:
+    wanted = (targets != IGNORED).tolist()
+    if not any(map(any, wanted)):
+        # Somewhere, for a loss of 0 that has a graph.
+        row = max(range(len(wanted)), key=layout.counts.__getitem__)
+        wanted[row][max(0, layout.counts[row] - 1)] = True
+    return wanted
+
+
+def logits_of_reads(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    reads: Sequence[Read],
+    layout: Layout,
+    keep: int,
+    size: int,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Logits in the caller's columns, zeros at pads.
+
+    Args:
+        head: `[..., C]` to `[..., vocab]`.
+        reads: what was read.
+        layout: of the call's columns.
+        keep: how many of the last columns.
+        size: of what `head` makes.
+        like: a tensor whose dtype and device the answer has where all is pads.
+
+    Returns:
+        `[B, keep, size]`.
+    """
+    parts = [read for read in reads if read.hidden is not None]
+    batch, first = len(layout.counts), layout.width - keep
+    is_whole = all(
+        len(read.span.rows) == batch and len(set(read.span.start)) == len(set(read.span.counts)) == 1 for read in parts
+    )
+    if parts and is_whole and layout.is_full:
+        windows: Any = [read.hidden for read in parts]
+        return head(torch.cat(windows, dim=1)[:, -keep:])
+    # Out of place, so that an eval-mode loss still has its gradient.
+    rows, columns, tokens = [], [], []
+    for read in parts:
+        hidden: Any = read.hidden
+        for i, (b, start, count) in enumerate(zip(read.span.rows, read.span.start, read.span.counts, strict=True)):
+            low = min(count, max(0, first - start - layout.start[b]))
+            column = torch.arange(low, count) + start + layout.start[b] - first
+            rows.append(torch.full_like(column, b))
+            columns.append(column)
+            tokens.append(hidden[i, low:count])
+    if not tokens:
+        return like.new_zeros(batch, keep, size)
+    logits = head(torch.cat(tokens))
+    index = (torch.cat(rows).to(logits.device), torch.cat(columns).to(logits.device))
+    return logits.new_zeros(batch, keep, size).index_put(index, logits)
+
+
+def loss_of_reads(
+    head: Callable[[torch.Tensor], torch.Tensor], reads: Sequence[Read], targets: torch.Tensor, is_checkpointing: bool
+) -> torch.Tensor | None:
+    """Summed cross-entropy, window by window: logits are made only where there is a target, and not kept.
+
+    Args:
+        head: `[..., C]` to `[..., vocab]`.
+        reads: what was read.
+        targets: `[B, T]`, left-aligned.
+        is_checkpointing: make the logits again in the backward.
+
+    Returns:
+        `None` where nothing was read.
+    """
+
+    def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return summed_cross_entropy(head(hidden), targets)
+
+    total: torch.Tensor | None = None
+    for read in reads:
+        if read.hidden is None:
+            continue
+        window = torch.full(read.hidden.shape[:2], IGNORED)
+        for i, (b, start, count) in enumerate(zip(read.span.rows, read.span.start, read.span.counts, strict=True)):
+            window[i, :count] = targets[b, start : start + count]
+        row, column = (index.to(read.hidden.device) for index in (window != IGNORED).nonzero(as_tuple=True))
+        arguments = read.hidden[row, column], window[window != IGNORED].to(read.hidden.device)
+        if not len(row):
+            # Adds nothing, but gives the loss its graph: a rank without targets must run its backward too.
+            arguments = read.hidden[:1, 0], torch.full((1,), IGNORED, device=read.hidden.device)
+        if is_checkpointing:
+            part = checkpoint(cross_entropy, *arguments, use_reentrant=False)
+        else:
+            part = cross_entropy(*arguments)
+        total = part if total is None else total + part
+    return total
+
+
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of logits `[..., vocab]`, in fp32 at least; targets of `IGNORED` do not count."""
+    high = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.device).flatten()
+    return F.cross_entropy(high.flatten(0, -2), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def mean_loss(
+    total: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """A summed loss over the number of its targets, or over that of the whole step.
+
+    Args:
+        total: summed.
+        targets: of the call.
+        labels: of the call, unshifted.
+        num_items_in_batch: labels of the whole step, as Trainer counts them.
+    """
+    count = (targets != IGNORED).sum()
+    if num_items_in_batch is not None:
+        surplus = (labels[:, 1:] != IGNORED).sum() - count
+        count = _without_surplus(torch.as_tensor(num_items_in_batch).to(count.device), count, surplus)
+    # Where there is nothing to predict the loss is 0, not 0 / 0.
+    return total / count.to(total.device).clamp(min=1)
+
+
+def _without_surplus(given: torch.Tensor, count: torch.Tensor, surplus: torch.Tensor) -> torch.Tensor:
+    """How many targets a step has, of which Trainer says that it has `given`.
+
+    Args:
+        given: labels of the whole step, with those that nothing predicts.
+        count: targets of this call.
+        surplus: labels of this call that Trainer counted and nothing predicts.
+    """
+    if not count or not surplus:
+        return given
+    if bool((given == count + surplus).all()):
+        return count
+    logger.warning_once(
+        "num_items_in_batch counts labels that nothing predicts, those of the first token of rows that are padded on "
+        "the left, and how many there are in the step's other batches cannot be known here: their share is taken for "
+        "this one's, and where it differs the loss is a little off. To be exact pad on the right "
+        "(tokenizer.padding_side = 'right'), or use hf_sleep.training.SleepCollator or SleepTrainer"
+    )
+    return given * (count / (count + surplus))
