@@ -7,6 +7,7 @@ from .config import SleepConfig, SleepLMConfig
 from .dtypes import default_dtype
 from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
+from .registry import register_base
 from .sleep import SleepEvent
 from .state import SleepState
 from .version import __version__
@@ -25,5 +26,6 @@ __all__ = [
     "SleepState",
     "__version__",
     "default_dtype",
+    "register_base",
     "sleep_lora_config",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .bases.decoder import adapter_of
 from .checks import is_whole, reject, require_int, require_int_tuple
 from .version import __version__
 
@@ -30,7 +31,7 @@ class SleepConfig:
         num_sink_tokens: the first tokens of a sequence whose KV is never evicted. An untrained sliding model needs at
             least one (Xiao et al. 2024, arXiv 2309.17453).
         loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep. `None`: all of them, or
-            what the base's config names as `default_loop_layers` (Jet-Nemotron: the middle half).
+            what the base's family loops (Jet-Nemotron: the middle half).
         block_kind: `"jet"` or `"gated_delta_net"`.
         num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
             linear-recurrent layers, none into a hybrid.
@@ -122,10 +123,11 @@ class SleepConfig:
             ValueError: where the base cannot be run as asked.
         """
         depth = text_config.num_hidden_layers
-        layer_types = getattr(text_config, "layer_types", None) or ()
+        adapter = adapter_of(text_config)
+        has_fast_weights = adapter.has_fast_weights(text_config)
         block_layers = self.block_layers
         if block_layers is None:
-            default = 0 if "linear_attention" in layer_types else max(1, depth // 4)
+            default = 0 if has_fast_weights else max(1, depth // 4)
             count = default if self.num_blocks is None else self.num_blocks
             if count > depth:
                 raise reject(
@@ -134,15 +136,14 @@ class SleepConfig:
             block_layers = tuple(int((i + 0.5) * depth / count) for i in range(count))
         if block_layers and block_layers[-1] >= depth:
             raise reject("SleepConfig.block_layers", block_layers, f"the base's layers are 0 to {depth - 1}")
-        if not block_layers and "linear_attention" not in layer_types:
+        if not block_layers and not has_fast_weights:
             field = "num_blocks" if self.block_layers is None else "block_layers"
             raise reject(
                 f"SleepConfig.{field}",
                 getattr(self, field),
                 "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
             )
-        default_loop: tuple[int, int] = getattr(text_config, "default_loop_layers", (0, depth))
-        loop_layers = self.loop_layers or default_loop
+        loop_layers = self.loop_layers or adapter.default_loop_layers(text_config)
         if loop_layers[1] > depth:
             raise reject(
                 "SleepConfig.loop_layers", loop_layers, f"the base has {depth} layers, so b is at most {depth}"

@@ -20,7 +20,7 @@ from transformers.generation import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
 from hf_sleep import SleepCache, SleepForCausalLM
-from hf_sleep.bases.decoder import Decoder, HybridDecoder
+from hf_sleep.bases.decoder import Decoder
 from hf_sleep.cache import mark_of
 from hf_sleep.compat import CACHE, TRANSFORMERS
 from hf_sleep.layers import FastWeightBlock
@@ -635,9 +635,7 @@ def counting():
 
     with (
         mock.patch.object(Decoder, "attention_layer", counted(Decoder.attention_layer, lambda _, i, *__: f"layer {i}")),
-        mock.patch.object(
-            HybridDecoder, "linear_layer", counted(HybridDecoder.linear_layer, lambda _, i, *__: f"layer {i}")
-        ),
+        mock.patch.object(Decoder, "recurrent_layer", counted(Decoder.recurrent_layer, lambda _, i, *__: f"layer {i}")),
         mock.patch.object(FastWeightBlock, "forward", counted(FastWeightBlock.forward, lambda *_: "blocks")),
     ):
         yield calls

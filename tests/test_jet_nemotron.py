@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sleep import SleepConfig, SleepLMConfig
 from hf_sleep.bases import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel
+from hf_sleep.bases.jet_nemotron import JetNemotronDecoder
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.layers import Jet
 from hf_sleep.ops import dynamic_short_convolution, gated_delta_rule
@@ -297,7 +298,8 @@ def test_the_upstream_config_comes_back(tmp_path):
         "linear_attention",
         "sliding_attention",
     ]
-    assert (config.sliding_window, config.head_dim, config.default_loop_layers) == (WINDOW, 16, (1, 5))
+    assert (config.sliding_window, config.head_dim) == (WINDOW, 16)
+    assert JetNemotronDecoder.default_loop_layers(config) == (1, 5)
     assert config.dtype == torch.float32
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
@@ -880,5 +882,5 @@ def test_trainer_goes_on_from_its_checkpoint(golden, tmp_path):
 
 def test_jet_layers_are_the_mixer_that_a_retrofit_injects(shared):
     assert [i for i, layer in enumerate(shared.model.layers) if isinstance(layer.self_attn, Jet)] == list(JET_LAYERS)
-    assert JetNemotronConfig().default_loop_layers == (7, 21)
+    assert JetNemotronDecoder.default_loop_layers(JetNemotronConfig()) == (7, 21)
     assert SleepConfig(window_size=8).resolve(shared.config).loop_layers == (1, 5)

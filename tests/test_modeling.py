@@ -185,7 +185,16 @@ def test_an_unknown_family_says_what_an_adapter_needs():
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
     with pytest.raises(ValueError, match="no decoder adapter for model_type='gpt2'") as error:
         SleepForCausalLM.from_base(GPT2LMHeadModel(GPT2Config(**sizes)))
-    for need in ("llama", "hf_sleep.decoders.Decoder", "DECODERS", "embed", "RoPE", "layer", "logits"):
+    for need in (
+        "llama",
+        "hf_sleep.bases.Decoder",
+        "register_base('gpt2')",
+        "embed",
+        "RoPE",
+        "layer",
+        "logits",
+        "model.layers",
+    ):
         assert need in str(error.value)
 
 

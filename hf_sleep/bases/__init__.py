@@ -1,9 +1,15 @@
-"""Native models for published checkpoints that transformers has no model for; importing them registers them."""
+"""Base families: how their layers are run, and native models of those that transformers has none for.
 
+Importing this registers the adapters and, with transformers' Auto classes, the native models.
+"""
+
+from . import gated_delta_net, rope
+from .decoder import Decoder, Rope, adapter_of, decoder_for
 from .jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel, JetNemotronPreTrainedModel
 from .ouro import OuroConfig, OuroForCausalLM, OuroModel, OuroPreTrainedModel
 
 __all__ = [
+    "Decoder",
     "JetNemotronConfig",
     "JetNemotronForCausalLM",
     "JetNemotronModel",
@@ -12,4 +18,9 @@ __all__ = [
     "OuroForCausalLM",
     "OuroModel",
     "OuroPreTrainedModel",
+    "Rope",
+    "adapter_of",
+    "decoder_for",
+    "gated_delta_net",
+    "rope",
 ]

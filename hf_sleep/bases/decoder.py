@@ -1,36 +1,65 @@
-"""How to run a base model's decoder layers one by one: an adapter per family, and nothing else that knows families."""
+"""How to run a base model's decoder layers one by one: the contract that a family's adapter fulfils."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import CACHE
-from ..layers.recurrence import State
-from ..ops import gated_delta_rule, short_convolution
-from ..placement import as_forward, loaded
+from ..layers.recurrence import GATES
+from ..memory import FastWeights
+from ..placement import as_forward
+from ..registry import BASES, register_base
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
+"""What attention layers get as `position_embeddings`: cos and sin, `[B, T, D]`; `None` where they want none."""
 
 
+@register_base("llama", "mistral", "qwen2", "qwen3", "olmo2")
 class Decoder:
     """Runs the parts of a Llama-shaped base: `lm.model.{embed_tokens,layers,norm,rotary_emb}` and `lm.lm_head`.
 
-    To support a family, subclass it, override what differs, and list its `model_type` in `DECODERS`.
+    A Llama-shaped family needs nothing but its name. Of another one subclass this, override what differs, and decorate
+    the subclass with `register_base(model_type)`.
+
+    A *kind* of layer is a free name, one per decoder layer, by which masks and RoPE are made once for all layers of
+    that kind: layers with another window or other positions need a kind of their own.
 
     Args:
         lm: the base causal LM. Nothing of it is changed.
     """
 
+    recurrent_kinds: frozenset[str] = frozenset({"linear_attention"})
+    """Kinds whose layers are the base's own linear-recurrent ones: its fast weights."""
+
+    fp32_parameters: tuple[str, ...] = GATES
+    """Last parts of the names of parameters that are kept fp32 at least, whatever the model's dtype."""
+
     norm_every_pass = False
     """Whether the base's final norm closes every pass over its layers, and not the last alone."""
 
-    @property
-    def base_loops(self) -> int:
-        """How often the plain base runs its layers over a token, each time with KV of its own."""
-        return 1
+    # From the config alone, before there is a model.
+
+    @classmethod
+    def layer_kinds(cls, config: PreTrainedConfig) -> list[str]:
+        """The kind of every decoder layer, in order."""
+        types = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        default = "sliding_attention" if types is None and window is not None else "full_attention"
+        return list(types or [default] * config.num_hidden_layers)
+
+    @classmethod
+    def has_fast_weights(cls, config: PreTrainedConfig) -> bool:
+        """Whether the base has linear-recurrent layers of its own, so that it can sleep without injected blocks."""
+        return not cls.recurrent_kinds.isdisjoint(cls.layer_kinds(config))
+
+    @classmethod
+    def default_loop_layers(cls, config: PreTrainedConfig) -> tuple[int, int]:
+        """Half-open range of the layers that a sleep runs again where `SleepConfig.loop_layers` leaves it open."""
+        return 0, config.num_hidden_layers
 
     def __init__(self, lm: PreTrainedModel):
         if lm.config._attn_implementation.startswith("paged|"):
@@ -42,14 +71,23 @@ class Decoder:
         self.config = lm.config
         self.model: Any = lm.model
         self.layers: Any = lm.model.layers
-        types = getattr(self.config, "layer_types", None)
-        window = getattr(self.config, "sliding_window", None)
-        default = "sliding_attention" if types is None and window is not None else "full_attention"
-        self.kinds: list[str] = list(types or [default] * len(self.layers))
+        self.kinds = self.layer_kinds(self.config)
+
+    @property
+    def base_loops(self) -> int:
+        """How often the plain base runs its layers over a token, each time with KV of its own."""
+        return 1
+
+    @property
+    def attention_implementation(self) -> str:
+        """How the base computes attention: `"sdpa"`, `"eager"`, `"flash_attention_2"`, …"""
+        return self.config._attn_implementation
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids `[B, T]` to `[B, T, C]`."""
+        """Token ids to what the first layer reads: `[B, T]` to `[B, T, C]`."""
         return self.model.embed_tokens(input_ids)
+
+    # Attention layers.
 
     def own_window(self, kind: str) -> int | None:
         """The base's own attention window in layers of this kind, in tokens; `None` where it has none."""
@@ -92,200 +130,123 @@ class Decoder:
         x, kv.pair = as_forward(layer, run, x, kv.pair)
         return x
 
-    def linear_layer(
-        self, index: int, x: torch.Tensor, state: State, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
-        """Run decoder layer `index`, one of the base's own linear-recurrent layers."""
+    # The base's own linear-recurrent layers.
+
+    def empty_fast_weights(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
+        """What linear-recurrent layer `index` carries before it has read anything; `dtype` is the activations'."""
+        raise self._no_recurrent_layers("empty_fast_weights")
+
+    def recurrent_layer(
+        self, index: int, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, FastWeights]:
+        """Run decoder layer `index`, one of the base's own linear-recurrent layers.
+
+        Args:
+            x: `[B, T, C]`.
+            fast_weights: what the layer carried out of the tokens before; left as it is.
+            lengths: `[B]` real tokens per row, pads after them; `None` where all T are real.
+        """
         layer: Any = self.layers[index]
 
-        def run(x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-            mixed, state = self.mix(layer, layer.input_layernorm(x), state, lengths)
+        def run(x: torch.Tensor, carried: FastWeights) -> tuple[torch.Tensor, FastWeights]:
+            mixed, carried = self.mix(layer, layer.input_layernorm(x), carried, lengths)
             x = x + mixed
-            return x + layer.mlp(layer.post_attention_layernorm(x)), state
+            return x + layer.mlp(layer.post_attention_layernorm(x)), carried
 
-        return as_forward(layer, run, x, state)
+        x, carried = as_forward(layer, run, x, fast_weights)
+        return x, FastWeights(*carried)
 
     def mix(
-        self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
+        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, FastWeights]:
         """The mixer of a linear-recurrent decoder layer, on its normed input `[B, T, C]`."""
-        raise NotImplementedError(f"{type(self).__name__} has no linear-recurrent layers")
+        raise self._no_recurrent_layers("mix")
 
-    def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        """The empty state of linear-recurrent layer `index`."""
-        raise NotImplementedError(f"{type(self).__name__} has no linear-recurrent layers")
+    def mixer(self, index: int) -> nn.Module:
+        """The module of linear-recurrent layer `index` that writes and reads its fast weights."""
+        raise self._no_recurrent_layers("mixer")
+
+    def fast_weight_parameters(self) -> set[str]:
+        """Names within `lm` of the parameters that write and read the base's own fast weights."""
+        mixers = [self.mixer(i) for i, kind in enumerate(self.kinds) if kind in self.recurrent_kinds]
+        own = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
+        return {name for name, parameter in self.lm.named_parameters() if id(parameter) in own}
+
+    def _no_recurrent_layers(self, method: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} names linear-recurrent layers ({', '.join(sorted(self.recurrent_kinds))}) and "
+            f"does not say how to run them: override {method}"
+        )
+
+    # After the last layer.
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The base's final norm: `[..., C]` to `[..., C]`."""
+        return self.model.norm(x)
 
     def head_input(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm, where the passes have not applied it: `[..., C]` to `[..., C]`."""
-        return x if self.norm_every_pass else self.model.norm(x)
+        return x if self.norm_every_pass else self.norm(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm and head: `[..., C]` to `[..., vocab]`."""
+        """Final norm, head and what scales its output: `[..., C]` to `[..., vocab]`."""
         logits = self.lm.get_output_embeddings()(self.head_input(x))
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
 
-class PerKindRopeDecoder(Decoder):
-    """Gemma 3 and OLMo 3: one RoPE per kind of layer."""
-
-    def __init__(self, lm: PreTrainedModel):
-        super().__init__(lm)
-        if getattr(self.config, "use_bidirectional_attention", False):
-            raise ValueError(
-                "text_config.use_bidirectional_attention=True: such a model reads ahead, so it cannot sleep "
-                "on what it has "
-                "read; only causal decoders work"
-            )
-
-    def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
-        return self.model.rotary_emb(x, position_ids, kind)
-
-    def frequencies(self, kind: str) -> torch.Tensor | None:
-        return getattr(self.model.rotary_emb, f"{kind}_inv_freq")
-
-
-class HybridDecoder(Decoder):
-    """A base with Gated DeltaNet layers of its own (`linear_attn`), which serve as fast weights.
-
-    They run on `hf_sleep.ops` instead of the base's own recurrence, whose pads decay the state and whose cache is
-    written in place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
-    """
-
-    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[B, T, C]` to the convolution's input `[B, T, D]`, the gate `[B, T, H, V]`, β `[B, T, H]` and a `[B, T,
-        H]`."""
-        raise NotImplementedError
-
-    def output(self, mixer: Any, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """Gated norm and output projection: `[B, T, H, V]` to `[B, T, C]`."""
-        width = o.shape[-1]
-        normed = mixer.norm(o.reshape(-1, width), gate.reshape(-1, width))
-        return mixer.out_proj(normed.reshape(*o.shape[:2], -1))
-
-    def mix(
-        self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
-        mixer: Any = layer.linear_attn
-        recurrent_state, conv_state = state
-        mixed, gate, beta, a = self.project(mixer, x)
-        with loaded(mixer.conv1d):
-            mixed, conv_state = short_convolution(mixed, mixer.conv1d.weight.squeeze(1), conv_state, lengths)
-        q, k, v = F.silu(mixed).split((mixer.key_dim, mixer.key_dim, mixer.value_dim), dim=-1)
-        groups = mixer.num_v_heads // mixer.num_k_heads
-        q, k = (z.unflatten(-1, (mixer.num_k_heads, -1)).repeat_interleave(groups, dim=2) for z in (q, k))
-        with loaded(mixer):
-            g = -mixer.A_log.float().exp() * F.softplus(a.float() + mixer.dt_bias)
-        o, recurrent_state = gated_delta_rule(
-            q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta, recurrent_state, lengths
-        )
-        return self.output(mixer, o, gate), (recurrent_state, conv_state)
-
-    def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        mixer: Any = self.layers[index].linear_attn
-        shape = (batch_size, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
-        conv_shape = (batch_size, 2 * mixer.key_dim + mixer.value_dim, mixer.conv_kernel_size)
-        high = torch.promote_types(dtype, torch.float32)
-        return torch.zeros(shape, device=device, dtype=high), torch.zeros(conv_shape, device=device, dtype=dtype)
-
-
-class Qwen3NextDecoder(HybridDecoder):
-    """Qwen3-Next: q, k, v and gate in one projection, grouped by key head."""
-
-    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v, gate, b, a = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
-        return torch.cat([z.flatten(2) for z in (q, k, v)], dim=-1), gate, b.sigmoid(), a
-
-
-class Qwen35Decoder(HybridDecoder):
-    """Qwen3.5 (text): separate projections for gate, β and decay; RoPE over three grids, which agree in text."""
-
-    def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
-        return super().rope(x, position_ids.expand(3, *position_ids.shape), kind)
-
-    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        gate = mixer.in_proj_z(x).unflatten(-1, (mixer.num_v_heads, -1))
-        return mixer.in_proj_qkv(x), gate, mixer.in_proj_b(x).sigmoid(), mixer.in_proj_a(x)
-
-
-class OlmoHybridDecoder(HybridDecoder):
-    """OLMo Hybrid: separate projections, β up to 2, and no RoPE in released checkpoints."""
-
-    def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
-        return None if self.model.rotary_emb is None else super().rope(x, position_ids, kind)
-
-    def frequencies(self, kind: str) -> torch.Tensor | None:
-        return None if self.model.rotary_emb is None else super().frequencies(kind)
-
-    def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        beta = mixer.b_proj(x).sigmoid() * (2.0 if mixer.allow_neg_eigval else 1.0)
-        qkv = torch.cat((mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)), dim=-1)
-        return qkv, mixer.g_proj(x).unflatten(-1, (mixer.num_v_heads, -1)), beta, mixer.a_proj(x)
-
-    def output(self, mixer: Any, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        width = o.shape[-1]
-        normed = mixer.o_norm(o.reshape(-1, width), gate.reshape(-1, width))
-        return mixer.o_proj(normed.reshape(*o.shape[:2], -1))
-
-
-class JetNemotronDecoder(Decoder):
-    """Jet-Nemotron: its Jet layers are the fast weights, in the same mixer that a retrofit injects."""
-
-    def mix(
-        self, layer: Any, x: torch.Tensor, state: State, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State]:
-        return layer.self_attn(x, state, lengths)
-
-    def linear_state(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        return self.layers[index].self_attn.init_state(batch_size, device, dtype)
-
-
-class OuroDecoder(Decoder):
-    """Ouro: wake is one of its loops, a sleep is N of them, each closed by the final norm as in its pre-training.
-
-    `total_ut_steps` and the exit gate are left alone: how often the layers run is the sleep's to say.
-    """
-
-    norm_every_pass = True
-
-    @property
-    def base_loops(self) -> int:
-        return self.config.total_ut_steps
-
-
-DECODERS: dict[str, type[Decoder]] = {
-    "llama": Decoder,
-    "mistral": Decoder,
-    "qwen2": Decoder,
-    "qwen3": Decoder,
-    "olmo2": Decoder,
-    "olmo3": PerKindRopeDecoder,
-    "gemma3_text": PerKindRopeDecoder,
-    "qwen3_next": Qwen3NextDecoder,
-    "qwen3_5_text": Qwen35Decoder,
-    "olmo_hybrid": OlmoHybridDecoder,
-    "jet_nemotron": JetNemotronDecoder,
-    "ouro": OuroDecoder,
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "model.embed_tokens": lambda lm: lm.model.embed_tokens,
+    "model.layers": lambda lm: lm.model.layers,
+    "model.norm": lambda lm: lm.model.norm,
+    "model.rotary_emb": lambda lm: lm.model.rotary_emb,
+    "get_output_embeddings()": lambda lm: lm.get_output_embeddings().weight,
 }
+"""What `Decoder` reads of a base, by name."""
+
+
+def missing_parts(lm: PreTrainedModel) -> list[str]:
+    """Names of what a Llama-shaped body has and `lm` has not."""
+    missing = []
+    for name, get in PARTS.items():
+        try:
+            get(lm)
+        except (AttributeError, NotImplementedError):
+            missing.append(name)
+    return missing
+
+
+def adapter_of(config: PreTrainedConfig) -> type[Decoder]:
+    """The adapter's class for a base's config: its family's, or the plain `Decoder`."""
+    known = config.model_type in BASES
+    return BASES[config.model_type] if known else Decoder
 
 
 def decoder_for(lm: PreTrainedModel) -> Decoder:
-    """The adapter for a base model.
+    """The adapter for a base model: its family's, or the plain `Decoder` where the base has a Llama-shaped body.
+
+    Whether the plain `Decoder` computes what an unlisted family computes, `hf_sleep.bases.probe` finds out.
 
     Args:
-        lm: a causal LM of one of the families in `DECODERS`.
+        lm: a causal LM.
 
     Raises:
-        ValueError: an unknown family, with what an adapter for it must say.
+        ValueError: an unlisted family with another body, with what it lacks and what an adapter for it must say.
     """
     family = lm.config.model_type
-    if family not in DECODERS:
+    if family not in BASES and (missing := missing_parts(lm)):
         raise ValueError(
-            f"no decoder adapter for model_type={family!r} (there is one for {', '.join(sorted(DECODERS))}). "
-            "An adapter is a "
-            "subclass of hf_sleep.decoders.Decoder, listed in DECODERS, that says how to embed ids, compute "
-            "RoPE, run one "
-            "decoder layer, read the base's own linear-recurrent layers if it has any, and compute logits"
+            f"no decoder adapter for model_type={family!r}, and {type(lm).__name__} is not Llama-shaped: it has no "
+            f"{', '.join(missing)}. {what_an_adapter_needs(family)}"
         )
-    return DECODERS[family](lm)
+    return adapter_of(lm.config)(lm)
+
+
+def what_an_adapter_needs(family: str) -> str:
+    """How to add a family, for errors."""
+    return (
+        f"Write an adapter: a subclass of hf_sleep.bases.Decoder, decorated with hf_sleep.register_base({family!r}), "
+        "that says how to embed ids, compute RoPE, run one decoder layer, read the base's own linear-recurrent layers "
+        f"if it has any, and compute logits. There are adapters for {', '.join(BASES.names())}"
+    )
