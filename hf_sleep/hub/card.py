@@ -1,7 +1,6 @@
-"""What a checkpoint needs on the Hub: a card that writes itself, a file that points to this package, and the push."""
+"""The model card, which writes itself."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -10,60 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download, metadata_load
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from yaml import YAMLError  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .config import SleepLMConfig
-from .files import write_file
-from .version import __version__
+from ..config import SleepLMConfig
+from ..files import write_file
+from ..version import __version__
+from .base import NVIDIA_LIMIT, base_licence, hub_id, origin_of
 
-TAGS = ("hf_sleep", "sleep", "fast-weights", "long-context")
 TEMPLATE = Path(__file__).with_name("model_card.md")
 METRIC_KEYS = ("task", "difficulty", "N", "accuracy", "chance", "n")
-WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-
-# Loaded by transformers where a checkpoint is read with trust_remote_code=True.
-AUTO_MAP = {
-    "AutoConfig": "modeling_hf_sleep.SleepLMConfig",
-    "AutoModelForCausalLM": "modeling_hf_sleep.SleepForCausalLM",
-}
-REMOTE_CODE_FILE = "modeling_hf_sleep.py"
-REMOTE_CODE = '''"""Loads this checkpoint with the package hf_sleep, which holds all of its code."""
-
-try:
-    from hf_sleep import SleepForCausalLM, SleepLMConfig
-except ModuleNotFoundError as error:
-    if error.name != "hf_sleep":
-        raise
-    raise ImportError(
-        "This model sleeps, and its code is in the package hf_sleep, which is not installed here. "
-        "Run `pip install hf-sleep` and load the model again."
-    ) from error
-
-__all__ = ["SleepForCausalLM", "SleepLMConfig"]
-'''
-
-APACHE = {"license": "apache-2.0"}
-NVIDIA = {
-    "license": "other",
-    "license_name": "nvidia-jet-nemotron-models",
-    "license_link": "https://github.com/NVlabs/Jet-Nemotron/blob/main/LICENSE/jet_nemotron_models",
-}
-NVIDIA_LIMIT = (
-    "NVIDIA's Jet-Nemotron weights are for **research and evaluation only**, and so is every model made from them."
-)
-# Where a base's own card cannot be read.
-KNOWN_LICENCES = {
-    "jet-ai/Jet-Nemotron-2B": NVIDIA,
-    "jet-ai/Jet-Nemotron-4B": NVIDIA,
-    "ByteDance/Ouro-1.4B": APACHE,
-    "ByteDance/Ouro-1.4B-Thinking": APACHE,
-    "ByteDance/Ouro-2.6B": APACHE,
-    "ByteDance/Ouro-2.6B-Thinking": APACHE,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": APACHE,
-}
 
 
 @dataclass
@@ -97,57 +51,6 @@ class CardFacts:
         ]
 
 
-def hub_id(source: str | None) -> str | None:
-    """`source` where it names a repository of the Hub, and not a folder of this machine."""
-    if source is None or source.count("/") != 1 or Path(source).exists():
-        return None
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return None
-    return source
-
-
-def base_licence(source: str | None, download: bool = False, token: str | bool | None = None) -> dict[str, Any]:
-    """The base's licence as model card metadata; empty where it is not known.
-
-    Read from the base's own card, in its folder or in the Hub's cache, else from what is known of a few bases.
-
-    Args:
-        source: folder or Hub id of the base.
-        download: ask the Hub for the card where it is not in the cache.
-        token: for the Hub.
-    """
-    repo_id = hub_id(source)
-    card = _base_card(source, repo_id, download, token)
-    licence = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
-    if licence.get("license", "unknown") == "unknown":
-        return KNOWN_LICENCES.get(repo_id or "", {})
-    link = licence.get("license_link", "")
-    if link and "://" not in link:
-        if repo_id is None:
-            del licence["license_link"]
-        else:
-            licence["license_link"] = f"https://huggingface.co/{repo_id}/blob/main/{link}"
-    return licence
-
-
-def _base_card(source: str | None, repo_id: str | None, download: bool, token: str | bool | None) -> dict[str, Any]:
-    path = Path(source or "", "README.md")
-    if repo_id is not None:
-        try:
-            path = Path(hf_hub_download(repo_id, "README.md", token=token, local_files_only=not download))
-        except (EntryNotFoundError, HfHubHTTPError):
-            return {}
-    if source is None or not path.is_file():
-        return {}
-    try:
-        return metadata_load(path) or {}
-    except (YAMLError, ValueError):
-        # Someone else's card is no reason not to save a model.
-        return {}
-
-
 def model_card(
     model: Any,
     name: str,
@@ -172,7 +75,7 @@ def model_card(
     source = config.base_model_name_or_path
     repo_id = hub_id(source)
     licence = base_licence(source, download, token)
-    origin = repo_id or _origin(source)
+    origin = repo_id or origin_of(source)
     data = ModelCardData(
         library_name="hf_sleep",
         pipeline_tag="text-generation",
@@ -212,12 +115,6 @@ def _eval_result(metric: Mapping[str, Any]) -> EvalResult:
         metric_name=f"accuracy (chance {metric['chance']:.3g})",
         metric_args={"chance": metric["chance"], "n": metric["n"]},
     )
-
-
-def _origin(folder: str | None) -> str | None:
-    """The Hub id of what a base in a folder was made from, by its own card."""
-    named = _base_card(folder, None, download=False, token=None).get("base_model")
-    return hub_id(named) if isinstance(named, str) else None
 
 
 def _base_text(config: SleepLMConfig, repo_id: str | None, origin: str | None) -> str:
@@ -310,74 +207,3 @@ def write_model_card(model: Any, folder: str | os.PathLike, name: str | None = N
     text = str(model_card(model, name or path.resolve().parent.name, **kwargs)).rstrip() + "\n\n"
     write_file(path, text + MARK.format(digest=_digest(text)) + "\n")
     return True
-
-
-def write_remote_code(folder: str | os.PathLike) -> None:
-    """Write the file that `AUTO_MAP` points to; makes the folder where it is missing."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_file(Path(folder, REMOTE_CODE_FILE), REMOTE_CODE)
-
-
-def forget_folders(folder: str | os.PathLike) -> None:
-    """Leave folders of this machine out of a checkpoint's config.json: they mean nothing elsewhere."""
-    path = Path(folder, "config.json")
-    if not path.exists():
-        return  # an adapter alone
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if hub_id(config.get("base_model_name_or_path")) is None:
-        config["base_model_name_or_path"] = None
-    if hub_id(config["text_config"].get("_name_or_path")) is None:
-        config["text_config"].pop("_name_or_path", None)
-    write_file(path, json.dumps(config, indent=2) + "\n")
-
-
-class Repository:
-    """A model repository on the Hub, made where there is none.
-
-    Args:
-        repo_id: `"name"` or `"owner/name"`.
-        private: whether a new one is private; by default what the owner's account says.
-        token: for the Hub; by default the one that is logged in.
-        revision: branch to push to, made where there is none; by default the main one.
-        create_pr: open a pull request with the push.
-    """
-
-    def __init__(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ):
-        self.api = HfApi(library_name="hf_sleep", library_version=__version__, token=token)
-        self.repo_id: str = self.api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        self.revision, self.create_pr = revision, create_pr
-        if revision is not None and not create_pr:
-            self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
-
-    def _has_a_persons_card(self) -> bool:
-        try:
-            path = self.api.hf_hub_download(self.repo_id, "README.md", revision=self.revision)
-        except EntryNotFoundError:
-            return False
-        return not is_our_card(Path(path).read_text(encoding="utf-8", errors="replace"))
-
-    def push(self, folder: str | os.PathLike, message: str | None = None, description: str | None = None) -> CommitInfo:
-        """Upload a checkpoint; weight files of an earlier one go, a card that a person wrote stays.
-
-        Args:
-            folder: what `save_pretrained` wrote.
-            message: of the commit.
-            description: of the commit.
-        """
-        return self.api.upload_folder(
-            repo_id=self.repo_id,
-            folder_path=Path(folder),
-            commit_message=message or "Upload model",
-            commit_description=description,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            ignore_patterns=["README.md"] if self._has_a_persons_card() else None,
-            delete_patterns=WEIGHT_FILES,
-        )

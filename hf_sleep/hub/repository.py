@@ -1,0 +1,108 @@
+"""What a checkpoint needs to be loaded from the Hub: a file that points to this package, and the push."""
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..files import write_file
+from ..version import __version__
+from .base import hub_id
+from .card import is_our_card
+
+TAGS = ("hf_sleep", "sleep", "fast-weights", "long-context")
+WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+
+# Loaded by transformers where a checkpoint is read with trust_remote_code=True.
+AUTO_MAP = {
+    "AutoConfig": "modeling_hf_sleep.SleepLMConfig",
+    "AutoModelForCausalLM": "modeling_hf_sleep.SleepForCausalLM",
+}
+REMOTE_CODE_FILE = "modeling_hf_sleep.py"
+REMOTE_CODE = '''"""Loads this checkpoint with the package hf_sleep, which holds all of its code."""
+
+try:
+    from hf_sleep import SleepForCausalLM, SleepLMConfig
+except ModuleNotFoundError as error:
+    if error.name != "hf_sleep":
+        raise
+    raise ImportError(
+        "This model sleeps, and its code is in the package hf_sleep, which is not installed here. "
+        "Run `pip install hf-sleep` and load the model again."
+    ) from error
+
+__all__ = ["SleepForCausalLM", "SleepLMConfig"]
+'''
+
+
+def write_remote_code(folder: str | os.PathLike) -> None:
+    """Write the file that `AUTO_MAP` points to; makes the folder where it is missing."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_file(Path(folder, REMOTE_CODE_FILE), REMOTE_CODE)
+
+
+def forget_folders(folder: str | os.PathLike) -> None:
+    """Leave folders of this machine out of a checkpoint's config.json: they mean nothing elsewhere."""
+    path = Path(folder, "config.json")
+    if not path.exists():
+        return  # an adapter alone
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if hub_id(config.get("base_model_name_or_path")) is None:
+        config["base_model_name_or_path"] = None
+    if hub_id(config["text_config"].get("_name_or_path")) is None:
+        config["text_config"].pop("_name_or_path", None)
+    write_file(path, json.dumps(config, indent=2) + "\n")
+
+
+class Repository:
+    """A model repository on the Hub, made where there is none.
+
+    Args:
+        repo_id: `"name"` or `"owner/name"`.
+        private: whether a new one is private; by default what the owner's account says.
+        token: for the Hub; by default the one that is logged in.
+        revision: branch to push to, made where there is none; by default the main one.
+        create_pr: open a pull request with the push.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ):
+        self.api = HfApi(library_name="hf_sleep", library_version=__version__, token=token)
+        self.repo_id: str = self.api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        self.revision, self.create_pr = revision, create_pr
+        if revision is not None and not create_pr:
+            self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
+
+    def _has_a_persons_card(self) -> bool:
+        try:
+            path = self.api.hf_hub_download(self.repo_id, "README.md", revision=self.revision)
+        except EntryNotFoundError:
+            return False
+        return not is_our_card(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+    def push(self, folder: str | os.PathLike, message: str | None = None, description: str | None = None) -> CommitInfo:
+        """Upload a checkpoint; weight files of an earlier one go, a card that a person wrote stays.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            message: of the commit.
+            description: of the commit.
+        """
+        return self.api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=Path(folder),
+            commit_message=message or "Upload model",
+            commit_description=description,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            ignore_patterns=["README.md"] if self._has_a_persons_card() else None,
+            delete_patterns=WEIGHT_FILES,
+        )
