@@ -3,8 +3,9 @@
 from .auto import AutoModelForSleepLM
 from .bases import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
 from .cache import SleepCache
-from .config import SleepConfig, SleepLMConfig
+from .config import SleepConfig
 from .dtypes import default_dtype
+from .lm_config import SleepLMConfig
 from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
 from .registry import register_base

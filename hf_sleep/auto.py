@@ -6,8 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import logging
 
-from .config import SleepConfig, SleepLMConfig, check_keywords
+from .config import SleepConfig
 from .dtypes import dtype_to_load
+from .lm_config import SleepLMConfig, check_keywords
 from .modeling import SleepForCausalLM
 from .modeling.only_sleep import HUB_KEYWORDS, joined_reports
 

@@ -12,7 +12,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from .bases.decoder import decoder_for
 from .cache import Pair, Tensors
-from .config import SleepConfig, SleepLMConfig
+from .config import SleepConfig
+from .lm_config import SleepLMConfig
 from .modeling import SleepForCausalLM
 from .sleep import Join, Sleeper, Slot, WindowKV
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import SleepLMConfig
 from ..files import write_file
+from ..lm_config import SleepLMConfig
 from ..version import __version__
 from .base import NVIDIA_LIMIT, base_licence, hub_id, origin_of
 

@@ -17,10 +17,11 @@ from transformers.utils import logging
 from ..bases.decoder import Decoder, decoder_for
 from ..cache import SleepCache
 from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
-from ..config import SleepConfig, SleepLMConfig
+from ..config import SleepConfig
 from ..engine import PassHook, PassPolicy, SleepHook, Watchers, pass_policy, running_order
 from ..hub import TAGS, CardFacts
 from ..layers.recurrence import GATES, keeping
+from ..lm_config import SleepLMConfig
 from ..placement import check_whole, is_sharded, lengths_in_step
 from ..sleep import Sleeper
 from ..state import fingerprint

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..config import SleepConfig, SleepLMConfig, check_keywords, check_model_type
+from ..config import SleepConfig
 from ..hub import (
     AUTO_MAP,
     CardFacts,
@@ -25,6 +25,7 @@ from ..hub import (
     write_model_card,
     write_remote_code,
 )
+from ..lm_config import SleepLMConfig, check_keywords, check_model_type
 from ..placement import is_sharded
 from ..state import fingerprint
 from .only_sleep import BASE_KEYWORDS, HUB_KEYWORDS, SleepBlocks, base_of, joined_reports

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..config import SleepLMConfig
+from ..lm_config import SleepLMConfig
 from .pretrained import SleepPreTrainedModel
 
 # What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import SleepLMConfig
 from ..engine import Between
 from ..layers import FastWeightBlock
 from ..layers.recurrence import GATES
+from ..lm_config import SleepLMConfig
 from ..placement import compute_device
 from ..registry import BETWEEN
 

@@ -1,0 +1,106 @@
+"""What a sleeping model is made of: the config that its checkpoint carries."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .config import SleepConfig
+
+
+def check_model_type(model_type: str | None, source: Any) -> None:
+    """Raise `ValueError` unless `model_type` is a sleeping model's; `source` is where it was found."""
+    if model_type != SleepLMConfig.model_type:
+        raise ValueError(
+            f"{source} has model_type={model_type!r}, so it is no checkpoint of a sleeping model. To retrofit a base "
+            "model, use AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))"
+        )
+
+
+def check_keywords(kwargs: Mapping[str, Any], text: PreTrainedConfig) -> None:
+    """Raise `TypeError` where a keyword of from_pretrained is a setting of the sleep, and no field of the base's."""
+    for field in dataclasses.fields(SleepConfig):
+        if field.name in kwargs and not hasattr(text, field.name):
+            raise TypeError(
+                f"{field.name} is a setting of the sleep: pass sleep={{{field.name!r}: {kwargs[field.name]!r}}}"
+            )
+
+
+class SleepLMConfig(PreTrainedConfig):
+    """Config of a `SleepForCausalLM`: a base decoder's config and how it sleeps.
+
+    Args:
+        text_config: the base decoder's config, or its dictionary.
+        sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
+        base_model_name_or_path: where the base came from, for cards and for reloading a checkpoint of new weights
+            only.
+        only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from
+            `base_model_name_or_path`.
+        use_cache: whether a forward returns a cache where it is not said.
+    """
+
+    model_type = "sleep_lm"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+
+    text_config: Any = None
+    sleep: Any = None
+    base_model_name_or_path: str | None = None
+    base_fingerprint: str | None = None
+    only_sleep: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            # PreTrainedConfig compares itself with a default instance when it writes its JSON.
+            self.text_config = CONFIG_MAPPING["llama"]()
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            model_type = fields.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"SleepLMConfig.text_config has model_type={model_type!r}, which this transformers does not know; "
+                    "it must be the config of a decoder, with its model_type"
+                )
+            self.text_config = CONFIG_MAPPING[model_type](**fields)
+        if not isinstance(self.sleep, SleepConfig):
+            self.sleep = SleepConfig.from_dict(self.sleep or {})
+        self.sleep = self.sleep.resolve(self.text_config)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if kwargs.get(token) is None:
+                kwargs[token] = getattr(self.text_config, token, None)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A checkpoint's config.json as a dictionary, and the keywords left over.
+
+        Raises:
+            ValueError: the config of another kind of model.
+        """
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_model_type(values.get("model_type"), pretrained_model_name_or_path)
+        return values, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what `to_dict` wrote; a keyword sets a field, `sleep` and `text_config` just what they name of it."""
+        asked = kwargs.pop("sleep", None) or {}
+        choices = {f"_{key}": kwargs[key] for key in ("attn_implementation", "experts_implementation") if key in kwargs}
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        for name, choice in choices.items():
+            setattr(config, name, choice)  # again, for a text_config that came after it
+        config.sleep = config.sleep.changed(asked).resolve(config.text_config)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary written to config.json, with `sleep` as plain values."""
+        output = super().to_dict()
+        output["sleep"] = self.sleep.to_dict()
+        return output
