@@ -206,7 +206,7 @@ def reading_and_decoding(run: Run, name: str, base: PreTrainedModel, scale: Scal
         with torch.no_grad():
             model(ids, cache=cache, logits_to_keep=1, sleep_passes=1)
             pause, _ = run.seconds(lambda m=model, c=cache: m.sleep(c.fork(), 4), scale.turns)
-        held = f"{cache.rows[0].fill} tokens in the window, {cache.num_bytes() / 2**20:.1f} MiB held"
+        held = f"{cache.memory.counters[0].fill} tokens in the window, {cache.num_bytes() / 2**20:.1f} MiB held"
         run.add(f"{name} asleep, L = {window}: a sleep with N = 4", pause * 1e3, "ms", held)
 
 

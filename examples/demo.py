@@ -114,7 +114,11 @@ def read(model: SleepForCausalLM, ids: torch.Tensor) -> tuple[SleepCache, float]
             model(chunk, cache=cache, logits_to_keep=1)
             speed = cache.get_seq_length() / (time.perf_counter() - start)
             progress.update(
-                task, advance=chunk.shape[1], speed=speed, sleeps=cache.rows[0].sleeps, kv=cache.kv_bytes() / 1e6
+                task,
+                advance=chunk.shape[1],
+                speed=speed,
+                sleeps=cache.memory.counters[0].sleeps,
+                kv=cache.kv_bytes() / 1e6,
             )
     return cache, time.perf_counter() - start
 
@@ -233,7 +237,7 @@ def main() -> None:
     table.add_column("sleeping model", justify="right")
     table.add_column("base, full cache", justify="right")
     table.add_row("tokens read", f"{memory.columns:,} ({memory.columns / seconds:,.0f}/s)", "")
-    table.add_row("sleeps", f"{memory.rows[0].sleeps}", "")
+    table.add_row("sleeps", f"{memory.memory.counters[0].sleeps}", "")
     table.add_row("KV cache", f"{held[0] / 1e6:.1f} MB", f"{would_hold / 1e6:.1f} MB")
     table.add_row("fast weights", f"{held[1] / 1e6:.1f} MB", "")
     table.add_row(f"ms per token after {short.shape[1] - 1}", f"{ms_before:.1f}", "")

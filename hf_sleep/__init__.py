@@ -5,11 +5,11 @@ from .bases import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroFo
 from .cache import SleepCache
 from .config import SleepConfig
 from .dtypes import default_dtype
+from .engine import SleepEvent
 from .lm_config import SleepLMConfig
 from .lora import sleep_lora_config
 from .modeling import SleepForCausalLM
 from .registry import register_base
-from .sleep import SleepEvent
 from .state import SleepState
 from .version import __version__
 

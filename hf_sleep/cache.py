@@ -125,7 +125,8 @@ class SleepCache(Cache):
         return len(self.memory.carried)
 
     def __repr__(self) -> str:
-        return f"SleepCache(rows={len(self.memory.counters)}, columns={self.memory.columns}, max_kv_length={self.max_kv_length})"
+        held = f"columns={self.memory.columns}, max_kv_length={self.max_kv_length}"
+        return f"SleepCache(rows={self.batch_size}, {held})"
 
     # What is held.
 

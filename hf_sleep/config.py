@@ -3,17 +3,20 @@
 import dataclasses
 import math
 import warnings
+from bisect import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bases.decoder import adapter_of
 from .checks import is_whole, reject, require_int, require_int_tuple
+from .registry import BETWEEN, EVICTIONS
 from .version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-EVICTION_STYLES = ("hard", "sliding")
+    from .engine import Eviction
+
 BLOCK_KINDS = ("jet", "gated_delta_net")
 
 
@@ -31,6 +34,7 @@ class SleepConfig:
             least one (Xiao et al. 2024, arXiv 2309.17453).
         loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep. `None`: all of them, or
             what the base's family loops (Jet-Nemotron: the middle half).
+        between: what happens between two passes: `"none"`, as in the paper, or a registered name.
         block_kind: `"jet"` or `"gated_delta_net"`.
         num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
             linear-recurrent layers, none into a hybrid.
@@ -52,6 +56,7 @@ class SleepConfig:
     eviction: str = "hard"
     num_sink_tokens: int = 0
     loop_layers: tuple[int, int] | None = None
+    between: str = "none"
     block_kind: str = "jet"
     num_blocks: int | None = None
     block_layers: tuple[int, ...] | None = None
@@ -66,8 +71,10 @@ class SleepConfig:
         require_int("SleepConfig.sleep_passes", self.sleep_passes, 1)
         require_int("SleepConfig.num_sink_tokens", self.num_sink_tokens, 0)
         require_int("SleepConfig.block_conv_size", self.block_conv_size, 2)
-        if self.eviction not in EVICTION_STYLES:
-            raise reject("SleepConfig.eviction", self.eviction, f"it must be one of {', '.join(EVICTION_STYLES)}")
+        if self.eviction not in EVICTIONS:
+            raise reject("SleepConfig.eviction", self.eviction, EVICTIONS.what_works())
+        if self.between not in BETWEEN:
+            raise reject("SleepConfig.between", self.between, BETWEEN.what_works())
         if self.block_kind not in BLOCK_KINDS:
             raise reject("SleepConfig.block_kind", self.block_kind, f"it must be one of {', '.join(BLOCK_KINDS)}")
         if self.num_sink_tokens >= self.window_size:
@@ -104,10 +111,14 @@ class SleepConfig:
                     f"block_layers lists {len(self.block_layers)}: give one of the two",
                 )
 
+    def make_eviction(self) -> "Eviction":
+        """The eviction that these settings name."""
+        return EVICTIONS[self.eviction](self.window_size, self.num_sink_tokens)
+
     @property
     def max_position(self) -> int:
         """One more than the largest position number any token is ever given, however long the stream."""
-        return self.num_sink_tokens + self.window_size * (2 if self.eviction == "sliding" else 1)
+        return self.make_eviction().max_position
 
     def resolve(self, text_config: "PreTrainedConfig") -> "SleepConfig":
         """Fill what was left open from the base's config and check that the two fit together.
@@ -172,18 +183,19 @@ class SleepConfig:
         """Whether the base has a position number for every token of a window and what is retained before it."""
         if addressable is None or self.max_position <= addressable:
             return
-        span = 2 if self.eviction == "sliding" else 1
         needs = (
             f"{self.eviction} eviction, a window of {self.window_size} and {self.num_sink_tokens} sink tokens need "
             f"{self.max_position} positions, the base addresses {addressable}"
         )
-        if (most := (addressable - self.num_sink_tokens) // span) > self.num_sink_tokens:
-            raise reject("SleepConfig.window_size", self.window_size, f"{needs}: use at most {most}")
-        raise reject(
-            "SleepConfig.num_sink_tokens",
-            self.num_sink_tokens,
-            f"{needs}: use at most {(addressable - span) // (span + 1)}",
-        )
+
+        def too_many(window_size: int, num_sink_tokens: int) -> bool:
+            return EVICTIONS[self.eviction](window_size, num_sink_tokens).max_position > addressable
+
+        sizes = range(self.num_sink_tokens + 1, self.window_size)
+        if fitting := bisect(sizes, False, key=lambda size: too_many(size, self.num_sink_tokens)):
+            raise reject("SleepConfig.window_size", self.window_size, f"{needs}: use at most {sizes[fitting - 1]}")
+        most = bisect(range(self.num_sink_tokens), False, key=lambda sinks: too_many(sinks + 1, sinks)) - 1
+        raise reject("SleepConfig.num_sink_tokens", self.num_sink_tokens, f"{needs}: use at most {most}")
 
     def changed(self, asked: "SleepConfig | dict[str, Any]") -> "SleepConfig":
         """A checkpoint's settings with those that were asked for; its blocks are what they are.

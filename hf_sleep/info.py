@@ -11,11 +11,36 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from .bases.decoder import decoder_for
-from .cache import Pair, Tensors
 from .config import SleepConfig
+from .engine import Slot, pass_policy
+from .engine.slots import Attention, BaseRecurrence, Block, Norm, WindowKV
+from .engine.window import Append
 from .lm_config import SleepLMConfig
+from .memory import KV, Carried, Memory
 from .modeling import SleepForCausalLM
-from .sleep import Join, Sleeper, Slot, WindowKV
+
+ROLES: dict[type[Slot], str] = {Attention: "attention", BaseRecurrence: "linear", Block: "block", Norm: "norm"}
+
+
+@dataclass(frozen=True)
+class SlotInfo:
+    """One layer in running order.
+
+    Args:
+        role: `"attention"` or `"linear"` (decoder layers of the base), `"block"` (an injected fast-weight block), or
+            `"norm"` (the base's final norm, which carries nothing).
+        index: the decoder layer it is, or that it follows.
+        kind: of a decoder layer, the base's name for this kind.
+    """
+
+    role: str
+    index: int
+    kind: str
+
+    @classmethod
+    def of(cls, slot: Slot) -> "SlotInfo":
+        """What a slot is."""
+        return cls(ROLES[type(slot)], slot.index, getattr(slot, "kind", ""))
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,7 @@ class SleepInfo:
         window_bytes: what the next sleep starts from: hidden states of a full window, and of fast weights what a pass
             rewinds.
         read_flops: reading a full window: all slots once, no logits.
-        sleep_flops: passes 2..N over that window, and once more the slots behind the loop.
+        sleep_flops: passes 2..N over that window, and once more the slots after the loop.
         token_flops: decoding one token in the middle of a window, with its logits.
     """
 
@@ -53,7 +78,7 @@ class SleepInfo:
     parameters: int
     added_parameters: int
     sleep: SleepConfig
-    slots: tuple[Slot, ...]
+    slots: tuple[SlotInfo, ...]
     loop: range
     dtype: str
     kv_bytes_per_token: int
@@ -83,7 +108,7 @@ class SleepInfo:
     @property
     def kv_tokens(self) -> int:
         """Tokens whose KV is held at most, whatever was read."""
-        return _retained(self.sleep) + self.sleep.window_size
+        return self.sleep.make_eviction().most_retained + self.sleep.window_size
 
     @property
     def kv_bytes(self) -> int:
@@ -167,24 +192,28 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
     """Describe a model on the meta device."""
     sleeper, sleep, text = model._sleeper(), model.config.sleep, model.lm.config
     x = torch.empty(1, 1, text.hidden_size, dtype=dtype)
-    start = sleeper.start(1, x)
+    start, slots = sleeper.empty(1, dtype), sleeper.order.slots
     # What every slot carries after one token.
     carried = [
-        _one_token_kv(sleeper, slot, x) if slot.role == "attention" else state
-        for slot, state in zip(sleeper.slots, start.layers, strict=True)
+        _one_token_kv(slot, x) if isinstance(slot, Attention) else state
+        for slot, state in zip(slots, start.carried, strict=True)
     ]
-    kv_bytes = {
-        i: Tensors([carried[i]]).num_bytes() for i, slot in enumerate(sleeper.slots) if slot.role == "attention"
-    }
+    attention = {i: slot for i, slot in enumerate(slots) if isinstance(slot, Attention)}
+    kv_bytes = {i: Memory(carried=(carried[i],)).num_bytes() for i in attention}
     positions = getattr(text, "max_position_embeddings", None)
-    spans = {i: sleeper.decoder.own_window(sleeper.slots[i].kind) for i in kv_bytes}
+    spans = {i: sleeper.decoder.own_window(slot.kind) for i, slot in attention.items()}
 
-    def flops(slots: range, tokens: int, keys: int) -> int:
-        return sum(_slot_flops(sleeper, sleeper.slots[i], carried[i], tokens, keys) for i in slots)
+    def flops(part: range, tokens: int, keys: int) -> int:
+        return sum(_slot_flops(slots[i], carried[i], tokens, keys) for i in part)
 
-    size, passes, everything = sleep.window_size, sleep.sleep_passes, range(len(sleeper.slots))
-    keys = _retained(sleep) + size
-    again = (passes - 1) * flops(sleeper.loop, size, keys) + (flops(sleeper.tail, size, keys) if passes > 1 else 0)
+    policy, size, order, everything = (
+        pass_policy(sleep.sleep_passes),
+        sleep.window_size,
+        sleeper.order,
+        range(len(slots)),
+    )
+    passes, keys = policy.at_most or policy.at_least, sleeper.eviction.most_retained + size
+    again = (passes - 1) * flops(order.loop, size, keys) + (flops(order.tail, size, keys) if passes > 1 else 0)
     return SleepInfo(
         name=name,
         is_checkpoint=is_checkpoint,
@@ -194,50 +223,44 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
         parameters=_count(model.lm),
         added_parameters=_count(model.fast_weights),
         sleep=sleep,
-        slots=sleeper.slots,
-        loop=sleeper.loop,
+        slots=tuple(map(SlotInfo.of, slots)),
+        loop=order.loop,
         dtype=str(dtype).removeprefix("torch."),
         kv_bytes_per_token=sum(kv_bytes.values()),
         base_kv_bytes=positions
         and sleeper.decoder.base_loops * sum(kv_bytes[i] * min(positions, spans[i] or positions) for i in kv_bytes),
-        fast_weight_bytes=Tensors(start.layers).num_bytes(),
-        window_bytes=size * Tensors(hidden=x).num_bytes() + Tensors(window_start=start.window_start).num_bytes(),
+        fast_weight_bytes=Memory(carried=start.carried).num_bytes(),
+        window_bytes=size * Memory(hidden=x).num_bytes() + Memory(window_start=start.window_start).num_bytes(),
         read_flops=flops(everything, size, keys),
         sleep_flops=again,
         token_flops=flops(everything, 1, keys - size // 2) + 2 * _count(model.get_output_embeddings()),
     )
 
 
-def _retained(sleep: SleepConfig) -> int:
-    """Tokens whose KV outlives a sleep, at most."""
-    return sleep.num_sink_tokens + (sleep.window_size - 1 if sleep.eviction == "sliding" else 0)
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _one_token_kv(sleeper: Sleeper, slot: Slot, x: torch.Tensor) -> Pair | None:
+def _one_token_kv(slot: Attention, x: torch.Tensor) -> KV | None:
     """What an attention layer caches of one token: asked of the layer itself."""
-    kv = WindowKV(None, Join([0], [1], x.device))
+    kv = WindowKV(None, Append([0], [1], x.device))
     # Not Decoder.rope: RoPE that scales with the positions looks at them, and here they have no values.
-    frequencies, token = sleeper.decoder.frequencies(slot.kind), x.bfloat16()
+    frequencies, token = slot.decoder.frequencies(slot.kind), x.bfloat16()
     rope = None if frequencies is None else (token.new_empty(1, 1, 2 * len(frequencies)),) * 2
-    sleeper.decoder.attention_layer(slot.index, token, rope, None, kv)
-    return kv.pair and (kv.pair[0].to(x.dtype), kv.pair[1].to(x.dtype))
+    slot.decoder.attention_layer(slot.index, token, rope, None, kv)
+    return kv.pair and KV(*(t.to(x.dtype) for t in kv.pair))
 
 
-def _slot_flops(sleeper: Sleeper, slot: Slot, carried: Pair | None, tokens: int, keys: int) -> int:
+def _slot_flops(slot: Slot, carried: Carried, tokens: int, keys: int) -> int:
     """FLOPs of `tokens` tokens in one slot; a slot that carries nothing is a norm, and left out."""
     if carried is None:
         return 0
-    config = sleeper.decoder.config
-    module = sleeper.blocks[str(slot.index)] if slot.role == "block" else sleeper.decoder.layers[slot.index]
+    config, module = slot.decoder.config, slot.module
     passed = sum(
         p.numel() * config.num_experts_per_tok // len(p) if ".experts." in name else p.numel()
         for name, p in module.named_parameters()
     )
-    if slot.role != "attention":
+    if not isinstance(slot, Attention):
         return tokens * (2 * passed + 6 * carried[0].numel())
     widths = carried[0].shape[-1] + carried[1].shape[-1]
     return tokens * 2 * (passed + keys * config.num_attention_heads * widths)

@@ -39,7 +39,7 @@ class Sleeper:
     order: RunningOrder
     eviction: Eviction
     between: Between
-    watchers: Watchers = Watchers()
+    watchers: Watchers
     is_checkpointing: bool = False
 
     def empty(self, batch_size: int, dtype: torch.dtype) -> Memory:

@@ -17,9 +17,10 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .cache import Row, SleepCache, Tensors
+from .cache import SleepCache
 from .config import SleepConfig
 from .files import write_file
+from .memory import KV, Counters, FastWeights, Memory
 from .placement import compute_device, loaded
 from .version import __version__
 
@@ -29,9 +30,11 @@ NO_DIGEST = "0" * 64
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 HEADER = {"rows": list, "columns": int, "settings": dict, "fingerprint": str, "dtype": str}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-COUNTERS = [field.name for field in dataclasses.fields(Row) if field.name != "pads"]
+COUNTERS = [field.name for field in dataclasses.fields(Counters) if field.name != "pads"]
 # Settings that what was read depends on; the number of passes may change from call to call.
 FIXED_SETTINGS = ("window_size", "eviction", "num_sink_tokens", "loop_layers", "block_layers", "block_kind")
+# The same, which files from before there was a choice leave out, as do files in which it is the usual one.
+OPTIONAL_SETTINGS = {"between": "none"}
 SAMPLES = 16
 
 
@@ -82,11 +85,11 @@ class SleepState:
         fingerprint: of the model that wrote it.
         dtype: of that model.
 
-    Source: DESIGN decision; Lee et al. 2026 has S start from zero in every sequence.
+    Source: ours; in Lee et al. 2026 (arXiv 2605.26099), Alg. 1, S starts from zero in every sequence.
     """
 
     tensors: dict[str, torch.Tensor]
-    rows: list[Row]
+    rows: list[Counters]
     columns: int
     settings: dict[str, Any]
     fingerprint: str
@@ -104,24 +107,25 @@ class SleepState:
         if not cache.belongs_to(model):
             raise ValueError("the cache was written by another model: pass the model that filled it")
         return cls(
-            tensors=dict(_named(cache.tensors)),
-            rows=[dataclasses.replace(row) for row in cache.rows],
-            columns=cache.columns,
+            tensors=dict(_named(cache.memory)),
+            rows=list(cache.memory.counters),
+            columns=cache.memory.columns,
             settings=_settings(model),
             fingerprint=fingerprint(model),
             dtype=str(model.dtype),
         )
 
     def to_cache(self, model: Any) -> SleepCache:
-        """A cache for `model` to go on from, on `model`'s devices. The model reads one token, to compare with.
+        """A cache for `model` to continue from, on `model`'s devices. The model reads one token, to compare with.
 
         Raises:
             ValueError: another model, other settings, another dtype, or what this model cannot have left.
         """
         config = self._check()
         settings, digest = _settings(model), fingerprint(model)
-        for key, saved in self.settings.items():
-            if (here := settings[key]) != saved:
+        for key in (*FIXED_SETTINGS, *OPTIONAL_SETTINGS):
+            saved, here = (of.get(key, OPTIONAL_SETTINGS.get(key)) for of in (self.settings, settings))
+            if here != saved:
                 raise ValueError(
                     f"the state was saved with {key}={saved!r}, this model has {key}={here!r}: set it to that"
                 )
@@ -136,10 +140,7 @@ class SleepState:
             )
         self._check_fits(model, config)
         cache = SleepCache()
-        tensors = _unnamed(self.tensors, model.slot_devices())
-        cache.start(model, len(self.rows), tensors, model.fast_slots())
-        cache.rows = [dataclasses.replace(row) for row in self.rows]
-        cache.columns = self.columns
+        cache.hold(model, _unnamed(self.tensors, tuple(self.rows), self.columns, model))
         return cache
 
     def save(self, path: str | os.PathLike) -> None:
@@ -175,7 +176,7 @@ class SleepState:
 
     def _check(self) -> SleepConfig:
         """Check all that can be without a model; how it slept."""
-        if self.settings.keys() != set(FIXED_SETTINGS):
+        if self.settings.keys() - OPTIONAL_SETTINGS.keys() != set(FIXED_SETTINGS):
             raise ValueError(
                 f"its settings are {reprlib.repr(self.settings)}, they must be {', '.join(FIXED_SETTINGS)}"
             )
@@ -200,12 +201,13 @@ class SleepState:
         """Check that the tensors are such as `model` carries, from what it carries after one token."""
         with torch.no_grad():
             ids = torch.zeros(1, 1, dtype=torch.long, device=compute_device(model.get_input_embeddings()))
-            like = dict(_named(model(ids, use_cache=True).cache.tensors))
+            like = dict(_named(model(ids, use_cache=True).cache.memory))
         fast_slots, size, held = model.fast_slots(), config.window_size, max(row.kv_length for row in self.rows)
         kv = {name for name in like if name.startswith("layers.") and int(name.split(".")[1]) not in fast_slots}
         # How many tokens may stand in dimension -2, stale ones of a longer row among them.
-        widths = dict.fromkeys(kv, (held, _most_retained(config) + size))
-        widths["hidden"] = max(row.fill for row in self.rows), size
+        widths = dict.fromkeys(kv, (held, config.make_eviction().most_retained + size))
+        for name in ("hidden", "loop_input"):
+            widths[name] = max(row.fill for row in self.rows), size
         absent = {name for name, (least, _) in widths.items() if not least}
         if kv & self.tensors.keys():
             absent -= kv
@@ -293,18 +295,13 @@ def _digest(data: bytes, at: int) -> str:
     return digest.hexdigest()
 
 
-def _most_retained(config: SleepConfig) -> int:
-    """Tokens whose KV outlives a sleep."""
-    return config.num_sink_tokens + (config.window_size - 1 if config.eviction == "sliding" else 0)
-
-
-def _check_row(number: int, row: Row, config: SleepConfig) -> None:
+def _check_row(number: int, row: Counters, config: SleepConfig) -> None:
     """Check a row's counters: where it retains and where it stands follow from what it read and slept on."""
     size, fits = config.window_size, False
     if all(type(getattr(row, name)) is int for name in COUNTERS):
-        slept_on = row.seen - row.fill
-        retained = min(_most_retained(config), slept_on)
-        position = row.fill + min(config.max_position - size, slept_on)
+        slept_on, eviction = row.seen - row.fill, config.make_eviction()
+        retained = min(eviction.most_retained, slept_on)
+        position = row.fill + min(eviction.window_position, slept_on)
         # A sleep takes one token at least, and a window at most.
         fits = 0 <= row.fill <= size and -(-slept_on // size) <= row.sleeps <= slept_on
         fits &= (row.retained, row.position) == (retained, position)
@@ -315,14 +312,14 @@ def _check_row(number: int, row: Row, config: SleepConfig) -> None:
         )
 
 
-def _row(values: Any, columns: int) -> Row:
+def _row(values: Any, columns: int) -> Counters:
     """A row's counters, of a header. The first format says only by its counts whether there were pads."""
     if type(values) is not dict or values.keys() - {"pads"} != set(COUNTERS):
         raise ValueError(f"a row is {reprlib.repr(values)}: it must have {', '.join(COUNTERS)}")
     pads = values.get("pads", 0 if values["seen"] == columns else None)
     if pads is not None and (type(pads) is not int or not 0 <= pads < 2**64):
         raise ValueError(f"a row has pads={reprlib.repr(pads)}: it must be an integer of 64 bits, or null")
-    return Row(**values | {"pads": pads})
+    return Counters(**values | {"pads": pads})
 
 
 def _described(t: torch.Tensor) -> str:
@@ -331,25 +328,29 @@ def _described(t: torch.Tensor) -> str:
 
 def _settings(model: Any) -> dict[str, Any]:
     plain = model.config.sleep.to_dict()
-    return {key: plain[key] for key in FIXED_SETTINGS}
+    optional = {key for key, usual in OPTIONAL_SETTINGS.items() if plain[key] != usual}
+    return {key: plain[key] for key in (*FIXED_SETTINGS, *optional)}
 
 
-def _named(tensors: Tensors) -> list[tuple[str, torch.Tensor]]:
+def _named(memory: Memory) -> list[tuple[str, torch.Tensor]]:
     named = []
-    for prefix, pairs in (("layers", dict(enumerate(tensors.layers))), ("window_start", tensors.window_start)):
+    for prefix, pairs in (("layers", dict(enumerate(memory.carried))), ("window_start", memory.window_start)):
         for slot, pair in pairs.items():
             named += [(f"{prefix}.{slot}.{i}", t) for i, t in enumerate(pair or ())]
-    return named if tensors.hidden is None else [*named, ("hidden", tensors.hidden)]
+    whole = (("hidden", memory.hidden), ("loop_input", memory.loop_input))
+    return [*named, *((name, t) for name, t in whole if t is not None)]
 
 
-def _unnamed(named: dict[str, torch.Tensor], devices: list[torch.device]) -> Tensors:
+def _unnamed(named: dict[str, torch.Tensor], rows: tuple[Counters, ...], columns: int, model: Any) -> Memory:
+    devices, fast_slots = model.slot_devices(), model.fast_slots()
+
     def pair(prefix: str, slot: int) -> Any:
-        name = f"{prefix}.{slot}."
-        return (
-            (named[name + "0"].to(devices[slot]), named[name + "1"].to(devices[slot])) if name + "0" in named else None
-        )
+        tensors = [named[name].to(devices[slot]) for i in (0, 1) if (name := f"{prefix}.{slot}.{i}") in named]
+        return (FastWeights if slot in fast_slots else KV)(*tensors) if tensors else None
 
-    layers = [pair("layers", slot) for slot in range(len(devices))]
+    def whole(name: str) -> torch.Tensor | None:
+        return named[name].to(devices[0]) if name in named else None
+
+    carried = tuple(pair("layers", slot) for slot in range(len(devices)))
     start = {slot: p for slot in range(len(devices)) if (p := pair("window_start", slot)) is not None}
-    hidden = named.get("hidden")
-    return Tensors(layers, start, None if hidden is None else hidden.to(devices[0]))
+    return Memory(rows, carried, start, whole("hidden"), whole("loop_input"), columns)

@@ -69,7 +69,7 @@ def test_the_monitor_measures_without_float64_on_the_models_device():
         metrics, cache = read(model)
         moved = SleepCache()
         moved.assign(cache)
-        moved.tensors = cache.tensors.map(elsewhere)
+        moved.memory = cache.memory.map(elsewhere)
         return metrics, moved
 
     monitor._read = read_elsewhere

@@ -21,9 +21,9 @@ from transformers.generation.utils import DeferredStopCheck
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.bases.decoder import Decoder
-from hf_sleep.cache import mark_of
 from hf_sleep.compat import CACHE, TRANSFORMERS
 from hf_sleep.layers import FastWeightBlock
+from hf_sleep.memory import mark_of
 
 L = 5
 CASES = [
@@ -149,7 +149,7 @@ def test_turns_on_a_returned_cache_are_one_conversation(family, eviction):
         assert_greedy(model, out.sequences, 4)
         ids, cache = out.sequences, out.cache
         lengths.append(cache.get_seq_length())
-        assert {row.seen for row in cache.rows} == {cache.get_seq_length()}
+        assert {row.seen for row in cache.memory.counters} == {cache.get_seq_length()}
     # The last token that was said is not read yet; it is read with the next turn.
     assert lengths == [L + 2 + 3, L + 2 + 10, L + 2 + 17]
 
@@ -173,7 +173,7 @@ def test_rows_sleep_while_they_generate(family, eviction):
     model = sleeper(family, eviction)
     ids, mask = pad([tokens(2 * L, 1), tokens(2, 2)], "left")
     out = model.generate(ids, attention_mask=mask, max_new_tokens=2 * L + 1, return_dict_in_generate=True, **GREEDY)
-    rows = out.cache.rows
+    rows = out.cache.memory.counters
     assert [(row.seen, row.sleeps, row.fill) for row in rows] == [(4 * L, 3, L), (2 * L + 2, 2, 2)]
 
 
@@ -295,7 +295,7 @@ def test_repeated_rows_go_on_as_before(family, eviction):
     model, more = sleeper(family, eviction), torch.stack((tokens(L + 2, 8), tokens(L + 2, 9)))
     expected, cache = read(model, more, two_rows(model)), two_rows(model)
     cache.batch_repeat_interleave(3)
-    assert [row.seen for row in cache.rows] == [2 * L + 3] * 3 + [2] * 3
+    assert [row.seen for row in cache.memory.counters] == [2 * L + 3] * 3 + [2] * 3
     repeated = more.repeat_interleave(3, 0)
     assert torch.allclose(read(model, repeated, cache), expected.repeat_interleave(3, 0), atol=1e-5)
 
@@ -308,9 +308,9 @@ def test_a_copied_cache_is_independent(family, eviction):
     expected = read(model, more, fork)
     for other in (twin, cache):
         assert other.get_seq_length() == 2 * L + 3
-        assert [(row.seen, row.sleeps) for row in other.rows] == [(2 * L + 3, 2), (2, 0)]
+        assert [(row.seen, row.sleeps) for row in other.memory.counters] == [(2 * L + 3, 2), (2, 0)]
     # A fork shares tensors, which nobody writes in place; a deep copy does not.
-    cache.tensors.map(lambda t: t.fill_(7))
+    cache.memory.map(lambda t: t.fill_(7))
     assert torch.equal(read(model, more, twin), expected)
     assert not torch.equal(read(model, more, cache), expected)
     cache.reset()
@@ -373,7 +373,7 @@ def test_a_row_that_ends_early_goes_on_as_it_would_alone(family, eviction, way):
         assert length == lengths[b]
         assert torch.equal(alone.sequences[0, -L:], out.sequences[b, -L:])
         assert torch.allclose(alone.logits[0][0], out.logits[0][b], atol=1e-5)
-        assert alone.cache.rows[0] == out.cache.rows[b]
+        assert alone.cache.memory.counters[0] == out.cache.memory.counters[b]
 
 
 def test_a_row_without_an_end_token_speaks_on():
@@ -383,7 +383,7 @@ def test_a_row_without_an_end_token_speaks_on():
     settings = {"max_new_tokens": 3 * L, "return_dict_in_generate": True, **GREEDY}
     out = model.generate(ids, stopping_criteria=criteria, **settings)
     assert out.sequences.shape[1] == 2 * L
-    assert [row.seen for row in out.cache.rows] == [2 * L - 1] * 2
+    assert [row.seen for row in out.cache.memory.counters] == [2 * L - 1] * 2
     assert_greedy(model, out.sequences, L)
 
 
@@ -438,7 +438,7 @@ def test_where_only_the_number_of_tokens_is_known_that_must_agree():
     """As in a state file from before it was noted which columns were pads."""
     model, more, now = sleeper("llama", "hard"), tokens(4).view(2, 2), torch.ones(2, 2, dtype=torch.long)
     cache = padded_cache(model)
-    for row in cache.rows:
+    for row in cache.memory.counters:
         row.pads = None
     with pytest.raises(ValueError, match="row 1 has 7 tokens in the past, and cache has read 3"):
         read(model, more, cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
@@ -460,7 +460,7 @@ def test_what_is_noted_of_pads_does_not_grow_with_what_was_read(tmp_path):
     mask = torch.tensor([[1, 1], [0, 1]])
     for _ in range(100 * L):
         read(model, tokens(4).view(2, 2), cache, attention_mask=mask)
-        sizes.append(len(pickle.dumps([dataclasses.astuple(row) for row in cache.rows])))
+        sizes.append(len(pickle.dumps([dataclasses.astuple(row) for row in cache.memory.counters])))
     assert max(sizes[L:]) <= sizes[0] + 32
     past = torch.cat([mask] * (100 * L) + [mask], 1)
     read(model, tokens(4).view(2, 2), cache.fork(), attention_mask=past)
@@ -479,8 +479,8 @@ def test_a_conversation_that_was_partly_read_is_read_on():
         out = model.generate(ids, cache=cache, **settings)
         assert out.cache is cache
         assert torch.equal(out.sequences, expected.sequences)
-        assert cache.rows == expected.cache.rows
-        assert cache.columns == cache.rows[0].seen == 3 * L + 2
+        assert cache.memory.counters == expected.cache.memory.counters
+        assert cache.memory.columns == cache.memory.counters[0].seen == 3 * L + 2
 
 
 def test_new_text_alone_needs_a_mask_over_what_was_read():
@@ -504,8 +504,8 @@ def test_new_text_alone_needs_a_mask_over_what_was_read():
         model.generate(inputs_embeds=embeds, cache=memory, attention_mask=mask, **settings)
     with pytest.raises(ValueError, match="use_cache=False and a cache contradict each other"):
         model.generate(torch.cat((old, new), 1), cache=memory, use_cache=False, **settings)
-    assert memory.rows == before.rows
-    assert memory.columns == before.columns
+    assert memory.memory.counters == before.memory.counters
+    assert memory.memory.columns == before.memory.columns
 
 
 # Settings of generate.
@@ -587,7 +587,7 @@ def test_a_stop_that_is_noticed_late_never_reaches_the_users_cache(how):
     assert sequences[0].tolist() == ids[0].tolist() + said[: said.index(end) + 1]
     cache = out.cache if how == "returned" else cache
     if cache is not None:
-        assert cache.columns == cache.rows[0].seen == length - 1
+        assert cache.memory.columns == cache.memory.counters[0].seen == length - 1
         expected = read(model, sequences, None)[:, -1:]
         assert torch.allclose(read(model, sequences[:, -1:], cache), expected, atol=1e-8)
 
@@ -662,7 +662,7 @@ def test_a_window_that_was_read_sleeps_in_one_pass_less(family, eviction, passes
         model.sleep(cache)
     assert calls == +expected
     assert sum(n for name, n in calls.items() if name != "blocks") == ((passes - 1) * (b - a) + (4 - b) * (passes > 1))
-    assert cache.rows[0].sleeps == 1
+    assert cache.memory.counters[0].sleeps == 1
 
 
 @every_case

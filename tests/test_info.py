@@ -12,7 +12,8 @@ from transformers import AutoConfig, DynamicCache
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, SleepLMConfig, ops
 from hf_sleep.compat import CACHE
-from hf_sleep.info import SleepInfo, describe
+from hf_sleep.engine import Span
+from hf_sleep.info import SleepInfo, SlotInfo, describe
 
 HARD = {"sleep_passes": 3, "num_sink_tokens": 2, "loop_layers": (1, 3)}
 SLIDING = {"sleep_passes": 4, "eviction": "sliding", "num_sink_tokens": 3, "loop_layers": (0, 2)}
@@ -57,7 +58,8 @@ def test_layers_and_parameters_are_the_models(family: str) -> None:
     assert info.parameters == sum(p.numel() for p in model.lm.parameters())
     assert info.added_parameters == sum(p.numel() for p in model.fast_weights.parameters()) > 0
     assert info.added_percent == 100 * info.added_parameters / info.parameters
-    assert (info.slots, info.loop) == (model._sleeper().slots, model._sleeper().loop)
+    order = model._sleeper().order
+    assert (info.slots, info.loop) == (tuple(map(SlotInfo.of, order.slots)), order.loop)
     assert info.sleep == model.config.sleep
     assert sum(info.layer_kinds.values()) == 4
     assert info.loop_text == "1..2 of 4"
@@ -117,7 +119,8 @@ def spent_by_a_stream(model, size: int) -> tuple[int, int, int]:
         model(tokens(3 * size)[None], cache=cache)
         model.sleep(cache)
         x = model.decoder.embed(tokens(size)[None])
-    read = spent(lambda: sleeper.wake(cache, [0], x, [size], True))
+    span = Span([0], [0], [size], is_wanted=True, sleeps_next=False)
+    read = spent(lambda: sleeper.wake(cache.memory, span, x))
     slept = spent(lambda: model.sleep(cache))
     with torch.no_grad():
         model(tokens(size // 2 - 1)[None], cache=cache)

@@ -4,6 +4,7 @@ Everything runs in float64 with the stock modules' float32 casts lifted (`famili
 summation agree to 1e-9 and any real difference shows; law 3 is also held in plain float32, and law 1 bit for bit.
 """
 
+import dataclasses
 import itertools
 import warnings
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.compat import CHECKPOINTING
+from hf_sleep.memory import FastWeights
 
 L = 5
 T = 3 * L + 2
@@ -69,7 +71,7 @@ def states(model: SleepForCausalLM, cache: SleepCache, row: int = 0) -> dict:
         if str(i) in model.fast_weights:
             slots.append(f"blocks.{i}")
     assert {s for s, name in enumerate(slots) if name} == set(cache.fast_slots)
-    return {name: tuple(t[row] for t in cache.tensors.layers[s]) for s, name in enumerate(slots) if name}
+    return {name: tuple(t[row] for t in cache.memory.carried[s]) for s, name in enumerate(slots) if name}
 
 
 def assert_same_states(actual: dict, expected: dict, tolerance: float = 1e-9) -> None:
@@ -363,11 +365,13 @@ def test_5_a_row_is_what_it_is_alone(case, side):
 def with_memory_of(cache: SleepCache, other: SleepCache | None) -> SleepCache:
     """`cache`, with the fast weights of `other`, or zeros."""
     fork = cache.fork()
-    layers = list(cache.tensors.layers)
+    layers = list(cache.memory.carried)
     for slot in cache.fast_slots:
-        layers[slot] = tuple(map(torch.zeros_like, layers[slot])) if other is None else other.tensors.layers[slot]
-    start = {slot: layers[slot] for slot in cache.tensors.window_start}
-    fork.tensors = type(cache.tensors)(layers, start, cache.tensors.hidden)
+        layers[slot] = (
+            FastWeights(*map(torch.zeros_like, layers[slot])) if other is None else other.memory.carried[slot]
+        )
+    start = {slot: layers[slot] for slot in cache.memory.window_start}
+    fork.memory = dataclasses.replace(cache.memory, carried=tuple(layers), window_start=start)
     return fork
 
 

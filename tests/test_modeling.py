@@ -110,8 +110,8 @@ REFUSED = {
 def snapshot(cache: SleepCache) -> tuple:
     """Everything a cache holds, by value."""
     held: list[torch.Tensor] = []
-    cache.tensors.map(lambda t: held.append(t.clone()) or t)
-    return held, [vars(row).copy() for row in cache.rows], cache.columns, cache.fast_slots
+    cache.memory.map(lambda t: held.append(t.clone()) or t)
+    return held, [vars(row).copy() for row in cache.memory.counters], cache.memory.columns, cache.fast_slots
 
 
 def assert_untouched(cache: SleepCache, before: tuple) -> None:
@@ -147,7 +147,7 @@ def test_a_failure_half_way_changes_nothing():
     calls = []
 
     def fail(module, inputs):
-        calls.append(cache.rows[0].sleeps)
+        calls.append(cache.memory.counters[0].sleeps)
         if len(calls) == 4:
             raise RuntimeError("out of memory")
 
@@ -255,7 +255,7 @@ def test_a_cache_comes_where_stock_models_give_one(training, checkpointing, conf
     modeling_module.logger.warning_once.cache_clear()
     assert (model(ids).cache is None) == (getattr(base(ids), CACHE) is None)
     assert model(ids, use_cache=False).cache is None
-    assert model(ids, use_cache=True).cache.columns == 2 * L
+    assert model(ids, use_cache=True).cache.memory.columns == 2 * L
     passed = SleepCache()
     assert model(ids, cache=passed).cache is passed
 
@@ -296,7 +296,7 @@ def test_what_stock_models_take_and_ignore_changes_nothing(side):
     more, columns = tokens(4).view(2, 2), torch.arange(ids.shape[1], ids.shape[1] + 2)
     read_on = model(more, cache=out.cache, position_ids=columns[None])
     assert torch.equal(read_on.logits, model(more, cache=expected.cache).logits)
-    tokens_read = torch.tensor([[row.seen] for row in read_on.cache.rows])
+    tokens_read = torch.tensor([[row.seen] for row in read_on.cache.memory.counters])
     model(more, cache=read_on.cache, position_ids=tokens_read + torch.arange(2))
     with pytest.raises(TypeError, match=r"SleepForCausalLM\.forward\(\) got an unexpected keyword argument 'idle'"):
         model(ids, idle=None)
@@ -327,7 +327,7 @@ def test_torch_compile_leaves_it_as_it_is(backend, caplog):
         for token in range(L + 2):
             more = tokens(1, token)[None]
             assert torch.equal(compiled(more, cache=mine).logits, model(more, cache=theirs).logits)
-        assert mine.rows == theirs.rows
+        assert mine.memory.counters == theirs.memory.counters
         whole = torch.compile(model, backend=backend, fullgraph=True)
         with pytest.raises(torch._dynamo.exc.Unsupported, match="a model that sleeps is not compiled"):
             whole(ids)
@@ -454,7 +454,7 @@ def test_sleep_in_idle_time_keeps_no_graph():
     with torch.no_grad():
         model(tokens(L - 1)[None], cache=cache)
     model.sleep(cache)
-    assert not any(t.requires_grad for pair in cache.tensors.layers if pair for t in pair)
+    assert not any(t.requires_grad for pair in cache.memory.carried if pair for t in pair)
 
 
 def test_a_cache_says_how_it_can_be_kept():
@@ -462,7 +462,7 @@ def test_a_cache_says_how_it_can_be_kept():
     sleeper()(tokens(3)[None], cache=cache)
     with pytest.raises(TypeError, match=r"SleepState\.from_cache"):
         pickle.dumps(cache)
-    assert copy.copy(cache).tensors is cache.tensors
+    assert copy.copy(cache).memory is cache.memory
 
 
 # The warning of untrained blocks.
@@ -569,15 +569,15 @@ def test_past_a_million_tokens_nothing_has_drifted():
     with torch.no_grad():
         model(period.repeat(1, 4), cache=cache, logits_to_keep=1)
         early = model(period, cache=cache.fork()).logits
-        while cache.rows[0].seen <= 2**20:
+        while cache.memory.counters[0].seen <= 2**20:
             model(chunk, cache=cache, logits_to_keep=1)
-            assert cache.rows[0].position <= sleep.max_position
+            assert cache.memory.counters[0].position <= sleep.max_position
         late = model(period, cache=cache).logits
         assert torch.equal(late, early)
         # It does depend on what came right before, so the comparison is of something.
         assert not torch.equal(model(period).logits, early)
-    assert cache.rows[0].seen == cache.get_seq_length() > 2**20
-    assert cache.rows[0].position <= sleep.max_position
+    assert cache.memory.counters[0].seen == cache.get_seq_length() > 2**20
+    assert cache.memory.counters[0].position <= sleep.max_position
     assert cache.max_kv_length <= 2 * size
 
 

@@ -18,6 +18,7 @@ from hf_sleep import (
     SleepForCausalLM,
     SleepLMConfig,
 )
+from hf_sleep.info import SlotInfo
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -68,7 +69,7 @@ def test_jet_nemotron_loops_its_middle_half(depth, loop):
 def test_the_2b_needs_no_new_parameter_to_sleep():
     model = on_meta(JetNemotronConfig())
     assert count(model) == 1_964_806_208
-    roles = [slot.role for slot in model._sleeper().slots]
+    roles = [SlotInfo.of(slot).role for slot in model._sleeper().order.slots]
     assert (roles.count("linear"), roles.count("attention"), len(roles)) == (24, 4, 28)
 
 
@@ -83,7 +84,7 @@ def test_jet_nemotron_writes_its_fast_weights_once_outside_the_loop():
         with torch.no_grad():
             model(ids[None], cache=cache)
             model.sleep(cache, sleep_passes=passes)
-        states[passes] = [pair and pair[0] for pair in cache.tensors.layers]
+        states[passes] = [pair and pair[0] for pair in cache.memory.carried]
     assert torch.equal(states[1][0], states[3][0])
     assert not torch.equal(states[1][2], states[3][2])
 
@@ -166,4 +167,4 @@ def test_a_looped_ouro_stays_finite_through_many_passes():
     with torch.no_grad():
         logits = model(tokens(20)[None], cache=cache).logits
     assert logits.isfinite().all()
-    assert all(pair[0].abs().max() < 1e3 for pair in cache.tensors.layers if pair)
+    assert all(pair[0].abs().max() < 1e3 for pair in cache.memory.carried if pair)

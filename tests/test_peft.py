@@ -172,7 +172,7 @@ def test_memory_is_carried_and_resumed_through_an_adapter(tuned, tmp_path):
         rest = model(IDS[:, L + 2 :], cache=state.to_cache(model)).logits
         assert_close(rest, expected[:, L + 2 :], 1e-5)
         asleep = model.sleep(cache)
-    assert asleep.rows[0].fill == 0
+    assert asleep.memory.counters[0].fill == 0
     with pytest.raises(ValueError, match="saved by another model"):
         state.to_cache(tuned.before)
 

@@ -126,7 +126,7 @@ def test_a_checkpoint_can_be_told_to_sleep_otherwise_but_not_to_have_other_block
     assert (sleep.block_kind, sleep.block_layers) == ("gated_delta_net", (0, 2))
     assert_same_weights(other, model)
     cache = other(IDS, use_cache=True).cache
-    assert cache.rows[0].sleeps == (2 * L + 2) // (L - 2)
+    assert cache.memory.counters[0].sleeps == (2 * L + 2) // (L - 2)
     AutoModelForSleepLM.from_pretrained(tmp_path, sleep=SleepConfig(block_layers=(0, 2), block_num_heads=2))
     for field, value in {"block_layers": (0, 3), "num_blocks": 1, "block_num_heads": 4, "block_expand_v": 1.0}.items():
         with pytest.raises(
@@ -303,8 +303,8 @@ def test_half_precision_keeps_the_gates_whole(family, dtype, only_sleep, bases, 
         assert out.logits.isfinite().all()
         cache = out.cache
         for slot in cache.fast_slots:
-            assert cache.tensors.layers[slot][0].dtype == torch.float32
-            assert cache.tensors.layers[slot][1].dtype == dtype
+            assert cache.memory.carried[slot][0].dtype == torch.float32
+            assert cache.memory.carried[slot][1].dtype == dtype
         said = loaded.generate(IDS, max_new_tokens=L + 1, do_sample=False, pad_token_id=0)
         assert said.shape == (1, 3 * L + 4)
         loaded.train()(IDS, labels=IDS).loss.backward()

@@ -106,6 +106,6 @@ def test_what_a_hook_raises_ends_the_call_and_leaves_the_cache():
         model(tokens(3)[None], cache=cache)
         with model.on_sleep(stop), pytest.raises(KeyboardInterrupt):
             model(tokens(2 * L)[None], cache=cache)
-        assert (cache.rows[0].seen, cache.rows[0].sleeps, cache.columns) == (3, 0, 3)
+        assert (cache.memory.counters[0].seen, cache.memory.counters[0].sleeps, cache.memory.columns) == (3, 0, 3)
         model(tokens(2 * L)[None], cache=cache)
-    assert cache.rows[0].sleeps == 2
+    assert cache.memory.counters[0].sleeps == 2

@@ -19,7 +19,7 @@ from test_laws import pad
 
 import hf_sleep.state
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState
-from hf_sleep.cache import Row
+from hf_sleep.memory import Counters
 from hf_sleep.state import COUNTERS, fingerprint
 
 L = 5
@@ -55,7 +55,7 @@ def test_a_ragged_batch_goes_on_bit_for_bit(family, eviction, loop, tmp_path):
     with torch.no_grad():
         model(ids, attention_mask=mask, cache=cache)
         state = put_away(model, cache, tmp_path)
-        assert state.rows == cache.rows
+        assert state.rows == list(cache.memory.counters)
         again = state.to_cache(model)
         assert again.get_seq_length() == cache.get_seq_length() == 2 * L + 3
         assert again.fast_slots == cache.fast_slots
@@ -64,7 +64,7 @@ def test_a_ragged_batch_goes_on_bit_for_bit(family, eviction, loop, tmp_path):
         for size in (more.shape[1], 1, 1):
             part = {"input_ids": more[:, -size:], "attention_mask": mask[:, -size:]}
             assert torch.equal(model(**part, cache=again).logits, model(**part, cache=cache).logits)
-        assert again.rows == cache.rows
+        assert again.memory.counters == cache.memory.counters
         assert same_tensors(again, cache)
         # The value is untouched by what was made of it.
         assert state.to_cache(model).get_seq_length() == 2 * L + 3
@@ -93,7 +93,7 @@ def test_a_conversation_goes_on_token_for_token(family, eviction, tmp_path):
     out = other.generate(ids, attention_mask=mask, cache=state.to_cache(other), **settings)
     assert torch.equal(out.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(out.logits, expected.logits, strict=True))
-    assert out.cache.rows == expected.cache.rows
+    assert out.cache.memory.counters == expected.cache.memory.counters
     whole = model.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(whole.sequences, expected.sequences)
 
@@ -238,7 +238,7 @@ def test_whatever_a_model_carries_is_what_is_expected_of_it(family, dtype, tmp_p
             ):
                 change()
                 again = put_away(model, cache, tmp_path).to_cache(model)
-                assert again.rows == cache.rows
+                assert again.memory.counters == cache.memory.counters
                 assert same_tensors(again, cache)
 
 
@@ -515,7 +515,7 @@ def test_counters_of_a_sliding_window_are_checked(tmp_path):
     model = sleeper(eviction="sliding")
     with torch.no_grad():
         state = put_away(model, model(tokens(13)[None], use_cache=True).cache, tmp_path)
-    assert state.rows == [Row(seen=13, fill=3, retained=5, position=9, sleeps=2)]
+    assert state.rows == [Counters(seen=13, fill=3, retained=5, position=9, sleeps=2)]
     state.to_cache(model)
     for wrong in ({"retained": 4}, {"position": 8}, {"sleeps": 1}):
         with pytest.raises(ValueError, match=r"row 0 has .* eviction='sliding' and num_sink_tokens=1 cannot leave"):
@@ -565,7 +565,7 @@ def test_a_padded_batch_of_the_first_format_reads_on_and_is_saved_again(tmp_path
 def test_a_file_of_the_first_format_is_checked_as_far_as_it_can_be(kept, tmp_path):
     model, state = kept
     with pytest.raises(ValueError, match="row 0 has "):
-        SleepState.load(first_format(tmp_path, state, rows=[dataclasses.asdict(Row(seen=7, fill=9, sleeps=1))]))
+        SleepState.load(first_format(tmp_path, state, rows=[dataclasses.asdict(Counters(seen=7, fill=9, sleeps=1))]))
     with pytest.raises(ValueError, match="its header is "):
         SleepState.load(first_format(tmp_path, state, rows=None))
     bad = dataclasses.replace(state, **DOES_NOT_FIT["a head less"][0](state))

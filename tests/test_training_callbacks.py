@@ -366,7 +366,7 @@ def test_the_state_and_the_gates_are_the_model_s(tmp_path):
     cache, rows = SleepCache(), torch.tensor(TASK.dataset(3)["input_ids"])
     with torch.no_grad():
         model.eval()(rows, cache=cache)
-    states = torch.stack([cache.tensors.layers[slot][0] for slot in sorted(cache.fast_slots)])
+    states = torch.stack([cache.memory.carried[slot][0] for slot in sorted(cache.fast_slots)])
     assert measured["fast_weight_norm"] == pytest.approx(states.norm(dim=(-2, -1)).mean().item(), rel=1e-4)
     spectrum = torch.linalg.svdvals(states)
     share = spectrum / spectrum.sum(-1, keepdim=True)

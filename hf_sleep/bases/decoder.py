@@ -79,6 +79,11 @@ class Decoder:
         return 1
 
     @property
+    def attention_kinds(self) -> list[str]:
+        """The kinds of its attention layers, each once."""
+        return sorted({kind for kind in self.kinds if kind not in self.recurrent_kinds})
+
+    @property
     def attention_implementation(self) -> str:
         """How the base computes attention: `"sdpa"`, `"eager"`, `"flash_attention_2"`, …"""
         return self.config._attn_implementation
@@ -180,9 +185,14 @@ class Decoder:
 
     # After the last layer.
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The module that norms what the last layer made."""
+        return self.model.norm
+
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """The base's final norm: `[..., C]` to `[..., C]`."""
-        return self.model.norm(x)
+        return self.final_norm(x)
 
     def head_input(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm, where the passes have not applied it: `[..., C]` to `[..., C]`."""

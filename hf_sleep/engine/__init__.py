@@ -1,13 +1,35 @@
-"""What the algorithm in `sleep.py` is made of: slots, windows, evictions, pass policies, and what lies between passes."""
+"""What the algorithm in `sleep.py` is made of: slots, windows, evictions, pass policies, what lies between passes."""
 
 from .between import Between, Nothing
 from .eviction import Eviction, EvictionPlan, Hard, Sliding, eviction_for
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
-from .slots import RunningOrder, Slot, running_order, run_slots
+from .slots import RunningOrder, Slot, run_slots, running_order
 from .watch import PassHook, SleepEvent, SleepHook, Watchers
 from .window import Read, Span, Window
 
 __all__ = [
-    "Between", "Eviction", "EvictionPlan", "FixedPasses", "Hard", "Nothing", "PassHook", "PassPolicy", "Read", "RunningOrder", "Slot", "SleepEvent", "SleepHook", "Sliding", "Span",
-    "UntilSettled", "Watchers", "Window", "WithinSeconds", "eviction_for", "pass_policy", "policy_fields", "run_slots", "running_order",
+    "Between",
+    "Eviction",
+    "EvictionPlan",
+    "FixedPasses",
+    "Hard",
+    "Nothing",
+    "PassHook",
+    "PassPolicy",
+    "Read",
+    "RunningOrder",
+    "SleepEvent",
+    "SleepHook",
+    "Sliding",
+    "Slot",
+    "Span",
+    "UntilSettled",
+    "Watchers",
+    "Window",
+    "WithinSeconds",
+    "eviction_for",
+    "pass_policy",
+    "policy_fields",
+    "run_slots",
+    "running_order",
 ]

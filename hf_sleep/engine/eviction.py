@@ -89,7 +89,9 @@ class Eviction:
             (self.sinks(old.seen), old.kv_length - new.retained, new.position - old.position)
             for old, new in zip(rows, after, strict=True)
         ]
-        plan = torch.tensor(table if len({*zip(table, [row.retained for row in after], strict=True)}) > 1 else table[:1])
+        plan = torch.tensor(
+            table if len({*zip(table, [row.retained for row in after], strict=True)}) > 1 else table[:1]
+        )
         column = torch.arange(width)
         is_sink = column < plan[:, :1]
         last = max(row.kv_length for row in rows) - 1

@@ -135,7 +135,7 @@ def change(before: Written | None, after: Written | None) -> float:
     return math.sqrt(moved / size) if size else 0.0
 
 
-def pass_policy(passes: "int | PassPolicy | dict[str, Any]", name: str = "sleep_passes") -> PassPolicy:
+def pass_policy(passes: Any, name: str = "sleep_passes") -> PassPolicy:
     """The policy that a setting means.
 
     Args:
@@ -157,8 +157,10 @@ def pass_policy(passes: "int | PassPolicy | dict[str, Any]", name: str = "sleep_
             return PASS_POLICIES[kind](**fields)
         except TypeError as error:
             raise reject(name, passes, f"{kind} does not take these fields ({error})") from error
-    if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-        raise ValueError(f"{name}={passes!r}: it must be an integer of at least 1 (1 is the plain hybrid), or a PassPolicy")
+    if type(passes) is not int or passes < 1:
+        raise ValueError(
+            f"{name}={passes!r}: it must be an integer of at least 1 (1 is the plain hybrid), or a PassPolicy"
+        )
     return FixedPasses(passes)
 
 
@@ -171,7 +173,7 @@ def policy_fields(policy: PassPolicy) -> int | dict[str, Any]:
     if isinstance(policy, FixedPasses):
         return policy.passes
     name = PASS_POLICIES.name_of(type(policy))
-    if name is None or not is_dataclass(policy):
+    if name is None or not is_dataclass(type(policy)):
         raise ValueError(
             f"{type(policy).__name__} cannot be saved: make it a frozen dataclass and register it with "
             "hf_sleep.register_pass_policy, or set sleep_passes to a number before saving"

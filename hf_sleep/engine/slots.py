@@ -123,7 +123,7 @@ class Attention(Slot):
             )
         return x, kv.pair
 
-    def at_start(self, carried: KV | None, kept: None, retained: int) -> KV | None:
+    def at_start(self, carried: KV | None, kept: FastWeights | None, retained: int) -> KV | None:
         if carried is None or not retained:
             return None
         # Copies: a view would keep the whole window's KV alive through the backward.
@@ -208,12 +208,13 @@ class Block(Recurrence):
         return self.block
 
     def empty(self, batch_size: int, dtype: torch.dtype) -> FastWeights:
-        return self.block.empty(batch_size, self.device, dtype)
+        return FastWeights(*self.block.mixer.init_state(batch_size, self.device, dtype))
 
     def step(
         self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, FastWeights]:
-        return self.block(x, carried, lengths)
+        x, after = self.block(x, carried, lengths)
+        return x, FastWeights(*after)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Window:
 
     @classmethod
     def again(cls, decoder: Decoder, eviction: Eviction, x: torch.Tensor, rows: Sequence[Counters]) -> "Window":
-        """One more pass over what the current windows `x` `[B, T, C]` hold, `rows` being the counters after the read."""
+        """One more pass over what the current windows hold, `x` `[B, T, C]`; `rows` are the counters after the read."""
         held, first = [row.retained for row in rows], [row.position - row.fill for row in rows]
         sinks, counts = [eviction.sinks(row.seen) for row in rows], [row.fill for row in rows]
         return cls._of(decoder, x, Places(first, held, counts, sinks, eviction.span))

@@ -176,7 +176,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """The algorithm, over this model's layers and with its settings."""
         sleep, decoder = self.config.sleep, self.decoder
         loop_layers = sleep.loop_layers or (0, len(decoder.kinds))
-        order = running_order(decoder, self.fast_weights, loop_layers)
+        order = running_order(decoder, dict(self.fast_weights.items()), loop_layers)
         watchers = Watchers(tuple(self._pass_hooks.values()), tuple(self._sleep_hooks.values()))
         is_checkpointing = self.gradient_checkpointing and self.training
         return Sleeper(decoder, order, sleep.make_eviction(), self.between, watchers, is_checkpointing)
@@ -343,7 +343,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             loss = loss_of_reads(sleeper.decoder.logits, reads, asked.targets_by_row, self.gradient_checkpointing)
             loss = x.float().sum() * 0.0 if loss is None else loss  # all pads
         else:
-            head, size = (sleeper.decoder.head_input, x.shape[-1]) if skip_head else (sleeper.decoder.logits, vocab_size)
+            head, size = (
+                (sleeper.decoder.head_input, x.shape[-1]) if skip_head else (sleeper.decoder.logits, vocab_size)
+            )
             logits = logits_of_reads(head, reads, read, asked.columns_needed, size, x)
             loss = None if asked.targets is None else summed_cross_entropy(logits, asked.targets)
             logits = logits[:, : layout.width] if in_step else logits

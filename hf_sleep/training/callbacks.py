@@ -350,7 +350,7 @@ class SleepMonitor(TrainerCallback):
             metrics, cache = self._read(model)
         finally:
             model.train(was_training)
-        layers: Any = cache.tensors.layers
+        layers: Any = cache.memory.carried
         states = [layers[slot][0].flatten(0, 1).cpu().double() for slot in sorted(cache.fast_slots)]
         norms = torch.cat([state.norm(dim=(-2, -1)) for state in states])
         spectra = [torch.linalg.svdvals(state) for state in states]
