@@ -7,7 +7,7 @@ To add a policy, subclass `PassPolicy` as a frozen dataclass, say in `another` w
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -107,7 +107,6 @@ class WithinSeconds(PassPolicy):
 
     seconds: float
     cap: int = 8
-    began: float | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int("WithinSeconds.cap", self.cap, 1)
@@ -116,14 +115,22 @@ class WithinSeconds(PassPolicy):
         object.__setattr__(self, "at_most", self.cap)
 
     def begin(self) -> "WithinSeconds":
-        return replace(self, began=time.perf_counter())
+        return _Running(self.seconds, self.cap, time.perf_counter())
 
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
-        if number >= self.cap:
-            return False
+        return number < self.cap
+
+
+@dataclass(frozen=True)
+class _Running(WithinSeconds):
+    """A `WithinSeconds` whose time has begun."""
+
+    began: float = 0.0
+
+    def another(self, number: int, before: Written | None, after: Written | None) -> bool:
         if after and after[0].device.type != "cpu":
             torch.accelerator.synchronize(after[0].device)
-        return self.began is None or time.perf_counter() - self.began < self.seconds
+        return super().another(number, before, after) and time.perf_counter() - self.began < self.seconds
 
 
 def change(before: Written | None, after: Written | None) -> float:
@@ -172,12 +179,12 @@ def policy_fields(policy: PassPolicy) -> int | dict[str, Any]:
     """
     if isinstance(policy, FixedPasses):
         return policy.passes
-    name = PASS_POLICIES.name_of(type(policy))
-    if name is None or not is_dataclass(type(policy)):
+    name, kind = PASS_POLICIES.name_of(type(policy)), type(policy)
+    if name is None or not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(
             f"{type(policy).__name__} cannot be saved: make it a frozen dataclass and register it with "
             "hf_sleep.register_pass_policy, or set sleep_passes to a number before saving"
         )
-    values = {key: value for key, value in asdict(policy).items() if key != "began"}
+    values = {field.name: getattr(policy, field.name) for field in fields(kind)}  # type: ignore[arg-type]
     module = PASS_POLICIES.module_of(name)
     return {"policy": name, **({} if module is None else {"module": module}), **values}

@@ -1,0 +1,242 @@
+"""What a base would be with sleep: its layers in running order, its memory and its cost, from its config alone."""
+
+import copy
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+from .cache import Pair, Tensors
+from .config import SleepConfig, SleepLMConfig
+from .decoders import decoder_for
+from .modeling import SleepForCausalLM
+from .sleep import Join, Sleeper, Slot, WindowKV
+
+
+@dataclass(frozen=True)
+class SleepInfo:
+    """A sleeping model before anyone has loaded a weight. Bytes and FLOPs are those of one sequence.
+
+    Args:
+        name: where the config came from, or `""`.
+        is_checkpoint: whether it is a sleep checkpoint's config, and not a base's.
+        model_type: of the base.
+        hidden_size: C.
+        max_positions: tokens that the base can address, or `None`.
+        parameters: of the base.
+        added_parameters: of the injected blocks.
+        sleep: resolved against the base.
+        slots: every layer in running order, injected blocks among them.
+        loop: which of `slots` run in every pass of a sleep.
+        dtype: of the activations, on which the bytes depend.
+        kv_bytes_per_token: keys and values of one token, of all attention layers, in one pass.
+        base_kv_bytes: keys and values that the plain base (Ouro: of all its loops) holds at `max_positions` tokens;
+            layers with an attention window of their own hold that window.
+        fast_weight_bytes: recurrent states (fp32) and convolution tails.
+        window_bytes: what the next sleep starts from: hidden states of a full window, and of fast weights what a pass
+            rewinds.
+        read_flops: reading a full window: all slots once, no logits.
+        sleep_flops: passes 2..N over that window, and once more the slots behind the loop.
+        token_flops: decoding one token in the middle of a window, with its logits.
+    """
+
+    name: str
+    is_checkpoint: bool
+    model_type: str
+    hidden_size: int
+    max_positions: int | None
+    parameters: int
+    added_parameters: int
+    sleep: SleepConfig
+    slots: tuple[Slot, ...]
+    loop: range
+    dtype: str
+    kv_bytes_per_token: int
+    base_kv_bytes: int | None
+    fast_weight_bytes: int
+    window_bytes: int
+    read_flops: int
+    sleep_flops: int
+    token_flops: int
+
+    @property
+    def layer_kinds(self) -> dict[str, int]:
+        """How many decoder layers of each kind the base has."""
+        return dict(Counter(slot.kind for slot in self.slots if slot.role in ("attention", "linear")))
+
+    @property
+    def loop_text(self) -> str:
+        """The looped decoder layers, both ends included: `"7..20 of 28"`."""
+        first, end = self.sleep.loop_layers or (0, 0)
+        return f"{first}..{end - 1} of {sum(self.layer_kinds.values())}"
+
+    @property
+    def added_percent(self) -> float:
+        """Injected parameters, in percent of the base's."""
+        return 100 * self.added_parameters / self.parameters
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV is held at most, whatever was read."""
+        return _retained(self.sleep) + self.sleep.window_size
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held at most."""
+        return self.kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held at most between two calls."""
+        return self.kv_bytes + self.fast_weight_bytes + self.window_bytes
+
+    @property
+    def sleep_in_reads(self) -> float:
+        """FLOPs of a sleep over those of reading its window."""
+        return self.sleep_flops / self.read_flops
+
+    @property
+    def sleep_in_tokens(self) -> float:
+        """FLOPs of a sleep over those of decoding one token."""
+        return self.sleep_flops / self.token_flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary: fields and properties by name, `loop` as a flag of each of `slots`."""
+        derived = ("layer_kinds", "loop_text", "added_percent", "kv_tokens", "kv_bytes", "num_bytes")
+        names = [field.name for field in dataclasses.fields(self) if field.name != "loop"]
+        return {name: getattr(self, name) for name in (*names, *derived, "sleep_in_reads", "sleep_in_tokens")} | {
+            "sleep": self.sleep.to_dict(),
+            "slots": [dataclasses.asdict(slot) | {"loops": i in self.loop} for i, slot in enumerate(self.slots)],
+        }
+
+
+def describe(
+    config: PreTrainedConfig | SleepLMConfig,
+    sleep: SleepConfig | dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> SleepInfo:
+    """What a model would be with sleep.
+
+    The model is built on the meta device, which holds no values: a config of 70 billion parameters costs no memory.
+
+    FLOPs count a multiply-add as two. They are not seconds: decoding waits for memory, and reads a window's worth of
+    tokens far slower than a sleep does. A slot costs, for T tokens that see W keys (the retained ones and the T):
+
+        2 · T · parameters that a token passes through (of E experts, as many as the router picks)
+        2 · T · W · heads · (key width + value width)      attention: every query meets every key, the masked ones too
+        6 · T · H · K · V                                  fast weights: S is read at k, written, and read at q
+
+    The few parameters of norms and biases count as if they were matrices; activations, softmax, RoPE and the embedding
+    are left out, and so is what a chunked kernel of the recurrence multiplies within its chunks.
+
+    Args:
+        config: of a base, or of a sleep checkpoint.
+        sleep: how to sleep, as in `AutoModelForSleepLM.from_pretrained`: a dictionary sets just those fields, and of a
+            sleep checkpoint the blocks cannot be changed.
+        dtype: of the activations; by default the config's, or bfloat16.
+
+    Raises:
+        ValueError: an unknown family, settings that do not fit the base, or blocks other than the checkpoint's.
+    """
+    is_checkpoint = isinstance(config, SleepLMConfig)
+    text = copy.deepcopy(config.text_config if is_checkpoint else config)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model_type={text.model_type!r} is not a causal language model of this transformers")
+    # Layers run in transformers' own choice of kernels and in bfloat16, for which all of these work without values;
+    # what is measured depends on neither.
+    text._attn_implementation = text._experts_implementation = None
+    dtype = dtype or config.dtype or config.get_text_config().dtype or torch.bfloat16
+    if is_checkpoint:
+        settings = config.sleep if sleep is None else config.sleep.changed(sleep)
+    else:
+        settings = SleepConfig(**sleep) if isinstance(sleep, dict) else sleep or SleepConfig()
+    with torch.device("meta"), torch.no_grad():
+        lm = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16)
+        decoder_for(lm)
+        # A copy: a new config resets what its sub-configs were built with.
+        model = SleepForCausalLM(SleepLMConfig(text_config=copy.deepcopy(lm.config), sleep=settings), lm=lm)
+        return _measure(model, config.name_or_path, is_checkpoint, dtype)
+
+
+def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: torch.dtype) -> SleepInfo:
+    """Describe a model on the meta device."""
+    sleeper, sleep, text = model._sleeper(), model.config.sleep, model.lm.config
+    x = torch.empty(1, 1, text.hidden_size, dtype=dtype)
+    start = sleeper.start(1, x)
+    # What every slot carries after one token.
+    carried = [
+        _one_token_kv(sleeper, slot, x) if slot.role == "attention" else state
+        for slot, state in zip(sleeper.slots, start.layers, strict=True)
+    ]
+    kv_bytes = {
+        i: Tensors([carried[i]]).num_bytes() for i, slot in enumerate(sleeper.slots) if slot.role == "attention"
+    }
+    positions = getattr(text, "max_position_embeddings", None)
+    spans = {i: sleeper.decoder.own_window(sleeper.slots[i].kind) for i in kv_bytes}
+
+    def flops(slots: range, tokens: int, keys: int) -> int:
+        return sum(_slot_flops(sleeper, sleeper.slots[i], carried[i], tokens, keys) for i in slots)
+
+    size, passes, everything = sleep.window_size, sleep.sleep_passes, range(len(sleeper.slots))
+    keys = _retained(sleep) + size
+    again = (passes - 1) * flops(sleeper.loop, size, keys) + (flops(sleeper.tail, size, keys) if passes > 1 else 0)
+    return SleepInfo(
+        name=name,
+        is_checkpoint=is_checkpoint,
+        model_type=text.model_type,
+        hidden_size=text.hidden_size,
+        max_positions=positions,
+        parameters=_count(model.lm),
+        added_parameters=_count(model.fast_weights),
+        sleep=sleep,
+        slots=sleeper.slots,
+        loop=sleeper.loop,
+        dtype=str(dtype).removeprefix("torch."),
+        kv_bytes_per_token=sum(kv_bytes.values()),
+        base_kv_bytes=positions
+        and sleeper.decoder.base_loops * sum(kv_bytes[i] * min(positions, spans[i] or positions) for i in kv_bytes),
+        fast_weight_bytes=Tensors(start.layers).num_bytes(),
+        window_bytes=size * Tensors(hidden=x).num_bytes() + Tensors(window_start=start.window_start).num_bytes(),
+        read_flops=flops(everything, size, keys),
+        sleep_flops=again,
+        token_flops=flops(everything, 1, keys - size // 2) + 2 * _count(model.get_output_embeddings()),
+    )
+
+
+def _retained(sleep: SleepConfig) -> int:
+    """Tokens whose KV outlives a sleep, at most."""
+    return sleep.num_sink_tokens + (sleep.window_size - 1 if sleep.eviction == "sliding" else 0)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _one_token_kv(sleeper: Sleeper, slot: Slot, x: torch.Tensor) -> Pair | None:
+    """What an attention layer caches of one token: asked of the layer itself."""
+    kv = WindowKV(None, Join([0], [1], x.device))
+    # Not Decoder.rope: RoPE that scales with the positions looks at them, and here they have no values.
+    frequencies, token = sleeper.decoder.frequencies(slot.kind), x.bfloat16()
+    rope = None if frequencies is None else (token.new_empty(1, 1, 2 * len(frequencies)),) * 2
+    sleeper.decoder.attention_layer(slot.index, token, rope, None, kv)
+    return kv.pair and (kv.pair[0].to(x.dtype), kv.pair[1].to(x.dtype))
+
+
+def _slot_flops(sleeper: Sleeper, slot: Slot, carried: Pair | None, tokens: int, keys: int) -> int:
+    """FLOPs of `tokens` tokens in one slot; a slot that carries nothing is a norm, and left out."""
+    if carried is None:
+        return 0
+    config = sleeper.decoder.config
+    module = sleeper.blocks[str(slot.index)] if slot.role == "block" else sleeper.decoder.layers[slot.index]
+    passed = sum(
+        p.numel() * config.num_experts_per_tok // len(p) if ".experts." in name else p.numel()
+        for name, p in module.named_parameters()
+    )
+    if slot.role != "attention":
+        return tokens * (2 * passed + 6 * carried[0].numel())
+    widths = carried[0].shape[-1] + carried[1].shape[-1]
+    return tokens * 2 * (passed + keys * config.num_attention_heads * widths)

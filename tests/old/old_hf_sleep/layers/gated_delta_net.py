@@ -1,0 +1,52 @@
+"""Gated DeltaNet."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from ..ops import gated_delta_rule, short_convolution
+from .recurrence import GatedDeltaMixer, State
+
+
+class GatedDeltaNet(GatedDeltaMixer):
+    """Gated DeltaNet: a static short convolution and SiLU on q, k and v, then the gated delta rule.
+
+    Source: Yang et al. 2025 (arXiv 2412.06464); the paper's choice, Lee et al. 2026, §2.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        expand_v: float = 2.0,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__(hidden_size, num_heads, head_dim, expand_v, conv_size, norm_eps)
+        self.conv_dim = 2 * self.key_dim + self.value_dim
+        self.conv_weight = nn.Parameter(torch.zeros(self.conv_dim, conv_size))
+
+    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
+        recurrent_state, conv_state = state
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        qkv, conv_state = short_convolution(qkv, self.conv_weight, conv_state, lengths)
+        q, k, v = F.silu(qkv).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+        o, recurrent_state = gated_delta_rule(
+            q.unflatten(-1, (self.num_heads, self.head_dim)),
+            k.unflatten(-1, (self.num_heads, self.head_dim)),
+            v.unflatten(-1, (self.num_heads, self.head_v_dim)),
+            self.decay(x),
+            self.b_proj(x).sigmoid(),
+            recurrent_state,
+            lengths,
+        )
+        return self.output(o, x), (recurrent_state, conv_state)
+
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        super().init_weights(std, generator)
+        # Mostly the current token, so that a fresh layer reads what its projections say.
+        taps = torch.empty_like(self.conv_weight).normal_(std=std, generator=generator)
+        taps[:, -1] += 1.0
+        init.copy_(self.conv_weight, taps)

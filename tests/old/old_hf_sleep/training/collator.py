@@ -1,0 +1,76 @@
+"""Rows of different lengths to one batch, without touching what a row computes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..packing import refuse_packed
+
+IGNORED = -100
+PADDING_SIDES = ("left", "right")
+
+
+@dataclass
+class SleepCollator:
+    """Pads rows to one width.
+
+    A sleeping model reads each row on its own and its windows count real tokens, so neither the side nor the amount of
+    padding changes a row's windows, loss or answers, nor does the token that pads are filled with.
+
+    Rows have `input_ids`, and may have `labels` and an `attention_mask`; other columns (`difficulty`, `answer`) are
+    dropped. Labels that nothing predicts, at pads and at a row's first token, become -100: the Trainer divides the loss
+    by the number of labels, so they would count.
+
+    Args:
+        padding_side: `"left"` or `"right"`.
+        pad_to_multiple_of: round the width up to a multiple of this many tokens.
+        pad_token_id: what pads are filled with.
+
+    Raises:
+        ValueError: settings or rows that cannot work, packed samples among them.
+    """
+
+    padding_side: str = "right"
+    pad_to_multiple_of: int = 1
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in PADDING_SIDES:
+            raise ValueError(f"SleepCollator.padding_side={self.padding_side!r}: it must be one of {PADDING_SIDES}")
+        if not isinstance(self.pad_to_multiple_of, int) or self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"SleepCollator.pad_to_multiple_of={self.pad_to_multiple_of!r}: it must be an integer of at least 1"
+            )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and, where the rows have them, `labels`: `[B, T]`, int64."""
+        for row in rows:
+            refuse_packed(row)
+        if len({"labels" in row for row in rows}) > 1:
+            raise ValueError("some rows of the batch have labels and some have none: label all, with -100 for no loss")
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        batch = {name: torch.full((len(rows), width), fill) for name, fill in fills.items()}
+        for i, row in enumerate(rows):
+            count = len(row["input_ids"])
+            columns = slice(width - count, width) if self.padding_side == "left" else slice(count)
+            batch["attention_mask"][i, columns] = 1
+            for name in fills.keys() & row.keys():
+                if len(row[name]) != count:
+                    raise ValueError(f"a row has {count} input_ids and {len(row[name])} {name}: they must be as many")
+                batch[name][i, columns] = torch.as_tensor(row[name])
+        if "labels" not in rows[0]:
+            del batch["labels"]
+            return batch
+        return without_unpredicted(batch)
+
+
+def without_unpredicted(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose labels that nothing predicts, at pads and at a row's first token, are -100: none is to count."""
+    if "labels" not in batch or batch.get("attention_mask") is None:
+        return dict(batch)
+    real = batch["attention_mask"] != 0
+    return {**batch, "labels": batch["labels"].masked_fill(~real | (real.cumsum(1) == 1), IGNORED)}

@@ -1,0 +1,141 @@
+"""Are the answers right: teacher-forced for `SleepTrainer.evaluate`, and through `generate` as a callback."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import EvalPrediction, GenerationConfig, Trainer, TrainerCallback
+
+from ..data import Task
+from .collator import IGNORED, SleepCollator
+
+
+def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPrediction) -> dict[str, float]:
+    """Exact-match accuracy of greedy predictions, teacher-forced.
+
+    Args:
+        rows: what was evaluated, in that order; their labels may be padded on either side in `predictions`.
+        task: judges them. `None`: all labels of a row are one answer, of the row's `difficulty`.
+        predictions: predicted ids and labels, `[rows, T]`, -100 where there are none.
+
+    Returns:
+        `accuracy_{difficulty}`, their mean `accuracy`, and with `task` the same of `chance`.
+
+    Raises:
+        ValueError: labels that are not those of `rows`.
+    """
+    right: dict[int, list[bool]] = defaultdict(list)
+    for row, predicted, labels in zip(rows, predictions.predictions, predictions.label_ids, strict=True):
+        where = (labels != IGNORED).nonzero()[0]
+        asked = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        said = predicted[where - 1].tolist()
+        if 0 in where or [row["labels"][i] for i in asked] != labels[where].tolist():
+            raise ValueError(
+                "the labels that were evaluated are not those of the dataset's rows: a row's first token can have "
+                "none, and the collator may not change them"
+            )
+        if task is None:
+            right[row["difficulty"]].append(said == labels[where].tolist())
+            continue
+        guess = [0] * len(row["labels"])
+        for i, token in zip(asked, said, strict=True):
+            guess[i - 1] = token
+        for difficulty, hit in task.score(guess, row):
+            right[difficulty].append(hit)
+    scores = {"accuracy": {difficulty: sum(hits) / len(hits) for difficulty, hits in sorted(right.items())}}
+    if task is not None:
+        scores["chance"] = {difficulty: task.chance(difficulty) for difficulty in scores["accuracy"]}
+    metrics = {f"{name}_{difficulty}": value for name, of in scores.items() for difficulty, value in of.items()}
+    return metrics | {name: sum(of.values()) / len(of) for name, of in scores.items()}
+
+
+class GenerationEvaluation(TrainerCallback):
+    """After each evaluation, lets the model generate answers and reports exact matches by difficulty and by N.
+
+    `eval_generate_accuracy_{difficulty}_passes_{N}`, and without the difficulty their mean over difficulties, are added
+    to the evaluation's metrics and logged; of rows that have no difficulty, their mean alone. Greedy; an answer counts
+    when all of its tokens are right. Every rank generates every answer.
+
+    Args:
+        trainer: whose `log` reports it.
+        rows: with `labels`, `input_ids` or `prompt_ids`, and, all or none, `difficulty`. The prompt is `prompt_ids`, or
+            the tokens before the first label; the answer is the labels.
+        sleep_passes: each N to generate with.
+        batch_size: rows that are generated at once, padded on the left.
+
+    Raises:
+        TypeError: without a trainer.
+        ValueError: a row without an answer, or whose labels are no text that follows the prompt; no rows, or some with
+            a difficulty and some without.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099), exact match on GSM-Infinite.
+    """
+
+    def __init__(
+        self, trainer: Trainer, rows: Sequence[Mapping[str, Any]], sleep_passes: tuple[int, ...], batch_size: int = 8
+    ):
+        self.trainer, self.sleep_passes, self.batch_size = check_trainer(self, trainer), sleep_passes, batch_size
+        if len({"difficulty" in row for row in rows}) != 1:
+            raise ValueError(
+                f"GenerationEvaluation: of the {len(rows)} rows {sum('difficulty' in row for row in rows)} have a "
+                "difficulty: give at least one row, and all of them one or none"
+            )
+        self.rows = [(row.get("difficulty"), *prompt_and_answer(row)) for row in rows]
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        mine: dict[str, float] = {}
+        for passes in self.sleep_passes:
+            right: dict[Any, list[bool]] = defaultdict(list)
+            for start in range(0, len(self.rows), self.batch_size):
+                rows = self.rows[start : start + self.batch_size]
+                for (difficulty, _, answer), said in zip(rows, self._generate(model, rows, passes), strict=True):
+                    right[difficulty].append(said[: len(answer)] == answer)
+            scores = {difficulty: sum(hits) / len(hits) for difficulty, hits in sorted(right.items())}
+            levels = {level: score for level, score in scores.items() if level is not None}
+            mine |= {f"eval_generate_accuracy_{level}_passes_{passes}": score for level, score in levels.items()}
+            mine[f"eval_generate_accuracy_passes_{passes}"] = sum(scores.values()) / len(scores)
+        metrics.update(mine)
+        self.trainer.log(mine)
+
+    @staticmethod
+    def _generate(model: Any, rows: list[tuple[Any, list[int], list[int]]], passes: int) -> list[list[int]]:
+        batch = SleepCollator(padding_side="left")([{"input_ids": prompt} for _, prompt, _ in rows])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        longest = max(len(answer) for _, _, answer in rows)
+        # What the base's own generation config asks for, a penalty on repetition for one, is not greedy.
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        try:
+            ids = model.generate(**batch, max_new_tokens=longest, do_sample=False, sleep_passes=passes)
+        finally:
+            model.generation_config = own
+        return ids[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
+    """`trainer`, or a `TypeError` that says how a callback that logs is added."""
+    if not isinstance(trainer, Trainer):
+        name = type(callback).__name__
+        raise TypeError(
+            f"{name} needs the trainer whose log reports it, not {type(trainer).__name__}: make the trainer first, "
+            f"then trainer.add_callback({name}(trainer, ...))"
+        )
+    return trainer
+
+
+def prompt_and_answer(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """The tokens that a row asks with and those that answer it, from `prompt_ids` or up to the first label."""
+    labelled = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+    answer = [row["labels"][i] for i in labelled]
+    if answer and "prompt_ids" in row:
+        return list(row["prompt_ids"]), answer
+    if not answer or not labelled[0] or list(row["input_ids"][labelled[0] : labelled[-1] + 1]) != answer:
+        raise ValueError(
+            "GenerationEvaluation: a row's labels must be one answer, token after token as in its input_ids, behind a "
+            "prompt; where they are not, teacher-forced accuracy (SleepTrainer.evaluate) can judge it"
+        )
+    prompt = row["input_ids"][: labelled[0]]
+    mask = row.get("attention_mask", [1] * len(prompt))
+    return [token for token, real in zip(prompt, mask, strict=False) if real], answer

@@ -1,0 +1,336 @@
+"""`SleepTrainer`: the Trainer with Muon and AdamW, accuracy by difficulty, and checks before anything is changed."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    SchedulerType,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
+
+from ..compat import CHECKPOINTING
+from ..data import Task
+from ..files import write_file
+from ..hub import write_model_card, write_remote_code
+from ..modeling import SleepForCausalLM
+from ..packing import refuse_packed
+from .callbacks import DuringStep, SleepRecord, TokensPerSecond, sleep_settings
+from .collator import IGNORED, SleepCollator, without_unpredicted
+from .evaluation import accuracy_by_difficulty
+from .optimizer import MuonAdamW, check_signature, parameter_groups
+
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+DECAY_SHARE = 0.1
+CHECKED_ROWS = 64
+TASK_FILE = "task.json"
+
+
+@dataclass
+class SleepTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the method's defaults: AdamW's betas (0.9, 0.95), weight decay 1e-4, warm-up over the
+    first twentieth of the steps, then constant, then decay over the last tenth (`lr_scheduler_kwargs`'
+    `num_decay_steps`), and `train_tokens_per_second` in the logs, which counts real tokens.
+
+    `activation_checkpointing` (before transformers 5.23 `gradient_checkpointing`) recomputes a whole (window, pass) in
+    the backward, by the model's own hook.
+
+    Args:
+        muon_learning_rate: of the hidden matrices; 2e-3 from scratch. `None`: AdamW for everything.
+        backprop_windows: windows that gradients reach through: a row's graph is cut behind every so many of its sleeps.
+            `None`: all of them, as in the paper.
+
+    Source: Lee et al. 2026 (arXiv 2605.26099), experiments, for the learning rates; the rest is left open there.
+    """
+
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 for AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of everything with two dimensions."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="warmup_stable_decay", metadata={"help": "The scheduler type to use."}
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: steps, or below 1 a share of them."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "Let DDP look for parameters without a gradient, such as Ouro's exit gate."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Which tokens to count: no, all or non_padding."}
+    )
+    muon_learning_rate: float | None = field(
+        default=1e-3, metadata={"help": "Learning rate of the hidden matrices; None: AdamW for everything."}
+    )
+    backprop_windows: int | None = field(
+        default=None, metadata={"help": "Windows that gradients reach through; None: all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(
+                f"muon_learning_rate={self.muon_learning_rate!r} must be above 0, or None for AdamW on everything"
+            )
+        if self.muon_learning_rate is not None and self.optim not in ADAMW:
+            raise ValueError(
+                f"optim={self.optim.value!r} with muon_learning_rate={self.muon_learning_rate}: Muon comes with "
+                "torch's AdamW. Set muon_learning_rate=None, or leave optim as it is"
+            )
+        if self.backprop_windows is not None and self.backprop_windows < 1:
+            raise ValueError(f"backprop_windows={self.backprop_windows!r} must be at least 1, or None for all")
+
+
+class SleepTrainer(Trainer):
+    """`Trainer` for a `SleepForCausalLM`; takes the same arguments, and pads with a `SleepCollator` by default.
+
+    `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
+    counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
+    stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
+    `compute_metrics` of its own, evaluation is the Trainer's. The task's settings are saved beside the model, in
+    task.json. What it pushes to the Hub is complete, with the model's
+    own card.
+
+    Args:
+        args: `SleepTrainingArguments`.
+        task: what the evaluation rows come from.
+
+    Raises:
+        ValueError: by `train`, before anything is changed: rows that cannot be trained on, or a checkpoint of another
+            model, sleep or schedule.
+    """
+
+    optimizer: Any
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: SleepTrainingArguments | None = None,
+        data_collator: Any = None,
+        *others: Any,
+        task: Task | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, SleepTrainingArguments):
+            raise TypeError(f"SleepTrainer needs SleepTrainingArguments as args, not {type(args).__name__}")
+        self.task = task
+        super().__init__(model, args, data_collator or SleepCollator(), *others, **kwargs)
+        self.add_callback(SleepRecord(self.model))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(TokensPerSecond())
+
+    # Training.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.train_dataset is not None:
+            self._check_rows()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            self._check_checkpoint(Path(resume_from_checkpoint))
+        if self.args.world_size > 1 and self.accelerator._models == [self.model]:
+            # An evaluation has prepared the bare model: left like this, every rank would train alone.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in self._during_step():
+                callback.restore()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled and self.args.muon_learning_rate is not None:
+            raise ValueError(
+                f"muon_learning_rate={self.args.muon_learning_rate}: DeepSpeed flattens the matrices that Muon needs. "
+                "Set muon_learning_rate=None, or use FSDP2"
+            )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or self.args.fp16:
+            raise ValueError(
+                f"fsdp_version={plugin.fsdp_version}, fp16={self.args.fp16}: a sleeping model trains with FSDP2 only, "
+                "in bf16 or fp32"
+            )
+        if plugin.activation_checkpointing:
+            raise ValueError(
+                "FSDP's activation_checkpointing=True would recompute a layer without the KV that it joins: set the "
+                f"training argument {CHECKPOINTING}=True instead, which recomputes whole passes"
+            )
+        # Its casts would round the fast weights and their gates at every layer; autocast leaves both alone.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        if self.is_fsdp_enabled and self.args.bf16:
+            # A cache of casts would keep what FSDP frees.
+            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False)
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self._optimizer_is_ours():
+            args = self.args
+            self.optimizer = MuonAdamW(
+                parameter_groups(model or self.model, args.muon_learning_rate is not None),
+                args.learning_rate,
+                args.muon_learning_rate or 0.0,
+                (args.adam_beta1, args.adam_beta2),
+                args.adam_epsilon,
+                args.weight_decay,
+                fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
+            )
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        given = self.args.lr_scheduler_kwargs or {}
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            decay = {"num_decay_steps": math.ceil(DECAY_SHARE * num_training_steps)}
+            self.args.lr_scheduler_kwargs = decay | given
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = given or None
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        # Before they are counted, whatever the collator.
+        return super().get_batch_samples(map(without_unpredicted, epoch_iterator), num_batches, device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if model.training and self.args.backprop_windows is not None:
+            inputs = {**inputs, "backprop_windows": self.args.backprop_windows}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _optimizer_is_ours(self) -> bool:
+        return self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW
+
+    def _during_step(self) -> list[DuringStep]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, DuringStep)]
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        if self.task is not None and self.args.should_save:
+            file = Path(output_dir or self.args.output_dir) / TASK_FILE
+            write_file(file, json.dumps(task_settings(self.task), indent=1) + "\n")
+
+    # The Hub.
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        super().init_hf_repo(*args, **kwargs)
+        if self.is_world_process_zero():
+            write_remote_code(self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.model, SleepForCausalLM):
+            super().create_model_card(*args, **kwargs)  # an adapter's is PEFT's
+        elif self.is_world_process_zero():
+            write_model_card(self.model, self.args.output_dir, self.hub_model_id)
+
+    # Checks.
+
+    def _check_rows(self) -> None:
+        """The first rows of the training data; what the Trainer drops is still there."""
+        rows = [row for row in first_rows(self.train_dataset) if isinstance(row, Mapping)]
+        for row in rows:
+            refuse_packed(row)
+        if not rows or not isinstance(self.data_collator, SleepCollator):
+            return
+        if not all("labels" in row for row in rows):
+            raise ValueError(
+                "train_dataset has rows without labels: add a labels column, for next-token loss on everything a copy "
+                "of input_ids"
+            )
+        if bool((self.data_collator(rows)["labels"] == IGNORED).all()):
+            raise ValueError(
+                f"train_dataset: none of the first {len(rows)} rows has a label to train on. Labels are those of "
+                "input_ids at the same place, -100 for no loss; the first token of a row cannot be predicted"
+            )
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """Whether this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
+        config, state, optimizer = (folder / name for name in ("config.json", "trainer_state.json", "optimizer.pt"))
+        written = TrainerState.load_from_json(str(state)).stateful_callbacks if state.is_file() else {}
+        saved = json.loads(config.read_text(encoding="utf-8")).get("sleep", {}) if config.is_file() else {}
+        if "SleepRecord" in written:  # an adapter's checkpoint has no config.json
+            saved |= written["SleepRecord"]["attributes"]["sleep"]
+        for name, value in sleep_settings(self.model).items():
+            if saved.get(name, value) != value:
+                raise ValueError(
+                    f"{folder} was trained with sleep.{name}={saved[name]!r}, this model has {value!r}: build the "
+                    "model as that run did, or start a new run from the checkpoint's weights"
+                )
+        if written:
+            names = {kind.__name__ for kind in DuringStep.__subclasses__()}
+            theirs = {name: written[name]["args"] for name in names & written.keys()}
+            ours = {type(callback).__name__: callback.state()["args"] for callback in self._during_step()}
+            if theirs != ours:
+                raise ValueError(
+                    f"{folder} was trained with {theirs or 'no schedule'}, this run has {ours or 'none'}: pass the "
+                    "same callbacks to go on, or start a new run from the checkpoint's weights"
+                )
+        if optimizer.is_file() and self._optimizer_is_ours():
+            groups = parameter_groups(self.model, self.args.muon_learning_rate is not None)
+            ours_signature = [(kind, name, tuple(p.shape)) for kind, named in groups.items() for name, p in named]
+            check_signature(torch.load(optimizer, mmap=True, weights_only=True, map_location="cpu"), ours_signature)
+
+    # Evaluation.
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            raise ValueError(
+                "evaluate() before train() under FSDP: accelerate shards a model together with its optimizer only. "
+                "Set eval_on_start=True, or evaluate in one process or under DDP"
+            )
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        own = self.compute_metrics, self.preprocess_logits_for_metrics
+        if own == (None, None) and isinstance(rows, Sequence | datasets.Dataset) and "difficulty" in rows[0]:
+            if "labels" not in rows[0]:
+                raise ValueError("the evaluation rows have a difficulty but no labels, so there is nothing to judge")
+            self.compute_metrics = partial(accuracy_by_difficulty, rows, self.task)
+            self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = own
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, without_unpredicted(inputs), *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        # In order, whatever the training strategy: predictions are matched with rows by their place.
+        return None
+
+
+def task_settings(task: Task) -> dict[str, Any]:
+    """The class and the fields of a task, as JSON has them; without a tokenizer, which is saved beside the model."""
+    kind: Any = type(task)
+    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(kind) if f.init}
+    plain = {name: v for name, v in fields.items() if not isinstance(v, PreTrainedTokenizerBase)}
+    return {"task": type(task).__name__} | json.loads(json.dumps(plain))
+
+
+def first_rows(dataset: Any) -> list[Any]:
+    """A few rows to look at, of a dataset that can be begun anew; none of one that cannot."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return list(dataset.take(CHECKED_ROWS))
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return []
+    return [dataset[i] for i in range(min(CHECKED_ROWS, len(dataset)))]
