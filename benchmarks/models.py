@@ -103,12 +103,12 @@ class Run:
 @contextmanager
 def torch_kernels() -> Iterator[None]:
     """Within it, `gated_delta_rule` is computed by torch, fla or not."""
-    stock = ops.backend
-    ops.backend = lambda device: "torch"  # type: ignore[assignment]
+    stock = ops.fla.backend
+    ops.fla.backend = lambda device: "torch"  # type: ignore[assignment]
     try:
         yield
     finally:
-        ops.backend = stock
+        ops.fla.backend = stock
 
 
 def gib(peak: float) -> str:

@@ -1,7 +1,9 @@
 """The fast operators against their naive forms, and the laws that the rest of the package builds on."""
 
+import importlib.util
 import re
 import sys
+import threading
 import types
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from hf_sleep import ops
+from hf_sleep.ops import delta_rule, fla
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -270,6 +273,41 @@ def test_no_tokens_are_refused():
         ops.gated_delta_rule(*make_inputs(1, 0))
 
 
+# Who sees the gates.
+
+
+def test_a_gate_hook_sees_the_calls_of_its_own_thread_while_it_is_open():
+    q, k, v, g, beta, state = make_inputs(2, 3)
+    lengths, seen, outer = torch.tensor([3, 1]), [], []
+    with ops.gate_hook(lambda *gates: outer.append(gates)):
+        with ops.gate_hook(lambda *gates: seen.append(gates)):
+            ops.gated_delta_rule(q, k, v, g, beta, state, lengths)
+            other = threading.Thread(target=ops.gated_delta_rule, args=(q, k, v, 2 * g, beta, state))
+            other.start()
+            other.join()
+        ops.gated_delta_rule(q, k, v, g, beta, state)
+    ops.gated_delta_rule(q, k, v, g, beta, state)
+    assert [[id(x) for x in gates] for gates in seen] == [[id(g), id(beta), id(lengths)]]
+    assert len(outer) == 2
+
+
+def test_a_gate_hook_closes_when_what_it_watched_fails():
+    with pytest.raises(ValueError, match="at least one token"), ops.gate_hook(lambda *gates: None):
+        ops.gated_delta_rule(*make_inputs(1, 0))
+    assert delta_rule._gates.hooks == ()
+
+
+def test_a_step_is_traced_in_one_graph_and_again_for_a_hook():
+    inputs, seen = [x.detach() for x in make_inputs(1, 1)], []
+    step = torch.compile(ops.gated_delta_rule, backend="eager", fullgraph=True)
+    assert_same(step(*inputs), ops.gated_delta_rule(*inputs), 0)
+    with ops.gate_hook(lambda *gates: seen.append(len(gates))):
+        step(*inputs)
+    assert seen == [3]
+    step(*inputs)
+    assert seen == [3]
+
+
 # Where it runs.
 
 
@@ -280,12 +318,12 @@ def test_a_cpu_uses_torch_and_never_imports_fla():
 
 
 def test_a_gpu_without_fla_warns_once(monkeypatch):
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
-    ops._fla_is_available.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fla.is_available.cache_clear()
     with pytest.warns(UserWarning, match=r'slow torch fallback.*pip install "hf-sleep\[gpu\]"'):
         assert ops.backend(torch.device("cuda", 0)) == "torch"
     assert ops.backend("cuda") == "torch"
-    ops._fla_is_available.cache_clear()
+    fla.is_available.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -307,7 +345,7 @@ def test_fla_is_called_as_its_documentation_says(monkeypatch, tokens):
     with torch.no_grad():
         inputs[2][1, tokens // 2 :] = torch.nan
     expected = ops.naive_gated_delta_rule(*inputs, lengths=lengths)
-    assert_same(ops._fla_gated_delta_rule(*inputs, lengths), expected, 1e-6)
+    assert_same(delta_rule._run(fla.fla_delta_rule, *inputs, lengths), expected, 1e-6)
 
 
 # The short convolutions.

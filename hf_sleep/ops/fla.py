@@ -1,0 +1,53 @@
+"""The kernels of flash-linear-attention: whether they are there, and how they are called."""
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def backend(device: torch.device | str) -> str:
+    """What `gated_delta_rule` uses on `device`: `"fla"` (Triton kernels, for 16-bit values) or `"torch"`.
+
+    fla's kernels refuse fp32, so fp32 and fp64 values are computed by torch everywhere. A GPU without fla works, but
+    slowly, and says so once per process.
+    """
+    if torch.device(device).type != "cuda":
+        return "torch"
+    return "fla" if is_available() else "torch"
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether fla and Triton are installed. The first call warns where they are not."""
+    if importlib.util.find_spec("fla") is not None and importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "hf_sleep runs the gated delta rule on the GPU with its slow torch fallback, "
+        'because flash-linear-attention is not installed: pip install "hf-sleep[gpu]"',
+        stacklevel=5,
+    )
+    return False
+
+
+def fla_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A form of the gated delta rule (`delta_rule.Form`) for 16-bit values on a GPU."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    # fla's recurrent kernel has no backward.
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, state))
+    kernel = fused_recurrent_gated_delta_rule if q.shape[1] == 1 and not wants_grad else chunk_gated_delta_rule
+    o, state = kernel(
+        q=q.contiguous().to(v.dtype),
+        k=k.contiguous().to(v.dtype),
+        v=v.contiguous(),
+        g=g.contiguous().float(),
+        beta=beta.contiguous(),
+        scale=q.shape[-1] ** -0.5,
+        initial_state=state.float(),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    return o, state.float()
