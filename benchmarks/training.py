@@ -92,7 +92,7 @@ def parallel_loss(model: SleepForCausalLM, ids: torch.Tensor, width: int) -> tor
         x = layer(x.view(pieces), attention_mask=mask, position_embeddings=rope).view(whole)
         if str(index) in model.fast_weights:
             block = model.fast_weights[str(index)]
-            x, _ = block(x, block.mixer.init_state(len(x), x.device, x.dtype))
+            x, _ = block(x, block.empty(len(x), x.device, x.dtype))
     logits = decoder.logits(x)[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 

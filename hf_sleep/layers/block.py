@@ -1,21 +1,101 @@
-"""The fast-weight block that a retrofit injects between two decoder layers."""
+"""The fast-weight block that a retrofit injects between two decoder layers, and the contract of what it is made of."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .gated_delta_net import GatedDeltaNet
-from .jet import Jet
-from .recurrence import State
+from ..checks import is_whole
+from ..memory import FastWeights
+from ..registry import BLOCKS
 
-MIXERS = {"jet": Jet, "gated_delta_net": GatedDeltaNet}
+
+class FastWeightMixer(nn.Module):
+    """Contract of a fast-weight block's recurrence: it mixes tokens over time through a memory of fixed size.
+
+    Subclass it, give it the methods below, and register it; `SleepConfig(block_kind="mine")` then injects it:
+
+        @register_block("mine")
+        class Mine(FastWeightMixer): ...
+
+    Fast weights are values: `forward` makes new ones, writes none in place, and lets gradients through them.
+
+    Args:
+        hidden_size: C, of the base.
+        num_heads: H.
+        head_dim: K, key width of a head.
+        expand_v: V / K, value width of a head over its key width.
+        conv_size: W, taps of the short convolution (tokens).
+
+    Raises:
+        ValueError: K times `expand_v` is no whole number.
+    """
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()
+    """Names, without a path, of the parameters that stay fp32 at least, whatever the model's dtype."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, expand_v: float, conv_size: int):
+        super().__init__()
+        if not is_whole(head_dim * expand_v):
+            raise ValueError(
+                f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; "
+                f"head_dim={head_dim} times expand_v must be a whole number"
+            )
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.head_v_dim = round(head_dim * expand_v)
+        self.conv_size = conv_size
+
+    def empty(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
+        """The fast weights of a batch that has read nothing. `dtype` is the activations'."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, FastWeights]:
+        """Mix over time.
+
+        Args:
+            x: `[B, T, C]`.
+            fast_weights: what the tokens before left.
+            lengths: integers `[B]`, real tokens per row. They come first; pads follow, and leave the fast weights
+                exactly as they are. `None`: all T are real.
+
+        Returns:
+            The mixed `[B, T, C]`, and the fast weights after the last real token.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Set fresh parameters, with which `forward` returns exactly zero, but a gradient reaches the output.
+
+        Set them with `transformers.initialization`, which leaves those alone that were loaded.
+
+        Args:
+            std: of the projections.
+            generator: to draw from; by default torch's own.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether `forward` is known to return zero. Reads parameters: call it rarely."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "FastWeightMixer":
+        # .to(bfloat16), .half() and the like leave these what loading in that dtype leaves them: a rounded decay is
+        # forgetting at another rate.
+        kept = [p for name, p in self.named_parameters() if name.rpartition(".")[2] in self.fp32_parameters]
+        return super()._apply(keeping(fn, kept), recurse)
 
 
 class FastWeightBlock(nn.Module):
     """`x + mixer(norm(x))`, without an MLP; adds exactly zero until its output projection is trained.
 
     Args:
-        kind: `"jet"` or `"gated_delta_net"`.
+        kind: a name that a mixer is registered under: `"jet"`, `"gated_delta_net"`, or one of `@register_block`.
         hidden_size: C, of the base.
         num_heads: H.
         head_dim: K.
@@ -38,21 +118,21 @@ class FastWeightBlock(nn.Module):
     ):
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.mixer = MIXERS[kind](hidden_size, num_heads, head_dim, expand_v, conv_size)
+        self.mixer: FastWeightMixer = BLOCKS[kind](hidden_size, num_heads, head_dim, expand_v, conv_size)
 
-    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
-        """`x` `[B, T, C]`, the layer's `State`, `lengths` `[B]` or `None`: the new `[B, T, C]` and `State`."""
-        mixed, state = self.mixer(self.norm(x), state, lengths)
-        return x + mixed, state
+    def empty(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
+        """The fast weights of a batch that has read nothing. `dtype` is the activations'."""
+        return self.mixer.empty(batch_size, device, dtype)
 
-    @property
-    def is_untrained(self) -> bool:
-        """Whether the block is known to add nothing to the base. Reads its weights: call it rarely."""
-        weight = self.mixer.o_proj.weight
-        return not weight.is_meta and not bool(weight.any())
+    def forward(
+        self, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, FastWeights]:
+        """Add what the mixer makes of `x` `[B, T, C]`; arguments and results as `FastWeightMixer.forward` has them."""
+        mixed, fast_weights = self.mixer(self.norm(x), fast_weights, lengths)
+        return x + mixed, fast_weights
 
     def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Fresh weights with the zero at the output, where the gradient still reaches it.
+        """Set fresh weights, with the zero at the output, where the gradient still reaches it.
 
         Args:
             std: of the projections.
@@ -60,4 +140,27 @@ class FastWeightBlock(nn.Module):
         """
         self.mixer.init_weights(std, generator)
         init.ones_(self.norm.weight)
-        init.zeros_(self.mixer.o_proj.weight)
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the block is known to add nothing to the base. Reads its weights: call it rarely."""
+        return self.mixer.is_untrained
+
+    @property
+    def fp32_parameters(self) -> tuple[str, ...]:
+        """Names, without a path, of the parameters that stay fp32 at least, whatever the model's dtype."""
+        return self.mixer.fp32_parameters
+
+
+def keeping(fn: Callable, tensors: Iterable[torch.Tensor]) -> Callable:
+    """`fn`, as `nn.Module._apply` takes it, without the cast to 16 bits where it is called with one of `tensors`."""
+    kept = [t for tensor in tensors for t in (tensor, tensor.grad) if t is not None]
+
+    def apply(t: torch.Tensor) -> Any:
+        applied = fn(t)
+        dtype = torch.promote_types(applied.dtype, torch.float32)
+        if applied.dtype in (t.dtype, dtype) or not any(t is tensor for tensor in kept):
+            return applied
+        return t.to(applied.device, dtype)
+
+    return apply

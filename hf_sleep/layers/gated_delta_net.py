@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from ..ops import gated_delta_rule, short_convolution
-from .recurrence import GatedDeltaMixer, State
+from ..ops import short_convolution
+from ..registry import register_block
+from .recurrence import GatedDeltaMixer
 
 
+@register_block("gated_delta_net")
 class GatedDeltaNet(GatedDeltaMixer):
     """Gated DeltaNet: a static short convolution and SiLU on q, k and v, then the gated delta rule.
 
@@ -28,24 +30,16 @@ class GatedDeltaNet(GatedDeltaMixer):
         self.conv_dim = 2 * self.key_dim + self.value_dim
         self.conv_weight = nn.Parameter(torch.zeros(self.conv_dim, conv_size))
 
-    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
-        recurrent_state, conv_state = state
+    def qkv(
+        self, x: torch.Tensor, conv_state: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
         qkv, conv_state = short_convolution(qkv, self.conv_weight, conv_state, lengths)
         q, k, v = F.silu(qkv).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
-        o, recurrent_state = gated_delta_rule(
-            q.unflatten(-1, (self.num_heads, self.head_dim)),
-            k.unflatten(-1, (self.num_heads, self.head_dim)),
-            v.unflatten(-1, (self.num_heads, self.head_v_dim)),
-            self.decay(x),
-            self.b_proj(x).sigmoid(),
-            recurrent_state,
-            lengths,
-        )
-        return self.output(o, x), (recurrent_state, conv_state)
+        return q, k, v, conv_state
 
-    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
-        super().init_weights(std, generator)
+    def draw_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        super().draw_weights(std, generator)
         # Mostly the current token, so that a fresh layer reads what its projections say.
         taps = torch.empty_like(self.conv_weight).normal_(std=std, generator=generator)
         taps[:, -1] += 1.0

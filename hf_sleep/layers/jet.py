@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from ..ops import dynamic_short_convolution, gated_delta_rule
-from .recurrence import GatedDeltaMixer, State
+from ..ops import dynamic_short_convolution
+from ..registry import register_block
+from .recurrence import GatedDeltaMixer
 
 
 class KernelGenerator(nn.Module):
@@ -35,6 +36,7 @@ class DynamicConvolution(nn.Module):
         return dynamic_short_convolution(v, self.kernel_generator(x), conv_state, lengths)
 
 
+@register_block("jet")
 class Jet(GatedDeltaMixer):
     """Jet: the gated delta rule with a dynamic short convolution on the values alone.
 
@@ -58,22 +60,14 @@ class Jet(GatedDeltaMixer):
         self.conv_dim = self.value_dim
         self.dynamic_conv1d = DynamicConvolution(hidden_size, self.value_dim, conv_size, generator_reduction)
 
-    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
-        recurrent_state, conv_state = state
+    def qkv(
+        self, x: torch.Tensor, conv_state: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         v, conv_state = self.dynamic_conv1d(self.v_proj(x), x, conv_state, lengths)
-        o, recurrent_state = gated_delta_rule(
-            F.silu(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim)),
-            F.silu(self.k_proj(x)).unflatten(-1, (self.num_heads, self.head_dim)),
-            F.silu(v).unflatten(-1, (self.num_heads, self.head_v_dim)),
-            self.decay(x),
-            self.b_proj(x).sigmoid(),
-            recurrent_state,
-            lengths,
-        )
-        return self.output(o, x), (recurrent_state, conv_state)
+        return F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), F.silu(v), conv_state
 
-    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
-        super().init_weights(std, generator)
+    def draw_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        super().draw_weights(std, generator)
         # Taps that start at zero would let no gradient through: start at "the current token".
         bias = self.dynamic_conv1d.kernel_generator.w2.bias
         identity = torch.zeros_like(bias).view(self.value_dim, self.conv_size)

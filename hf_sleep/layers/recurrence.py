@@ -1,37 +1,19 @@
-"""What every gated-delta-rule mixer has: decay and write gates, the state it carries, the gated output norm."""
+"""What every gated-delta-rule mixer has: decay and write gates, the recurrence, the gated output norm."""
 
 import math
-from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from ..checks import is_whole
-
-State = tuple[torch.Tensor, torch.Tensor]
-"""What a fast-weight layer carries from token to token: `recurrent_state` `[B, H, K, V]` fp32 (fp64 in an fp64 model)
-and
-`conv_state` `[B, D, W]`, the last W inputs of its short convolution, oldest first."""
-
+from ..memory import FastWeights
+from ..ops import gated_delta_rule
+from .block import FastWeightMixer
+from .block import keeping as keeping  # where modeling looks for it
 
 GATES = ("A_log", "dt_bias")
 """Parameters that set how fast a memory decays. Loading keeps them fp32 at least, whatever the model's dtype."""
-
-
-def keeping(fn: Callable, tensors: Iterable[torch.Tensor]) -> Callable:
-    """`fn`, as `nn.Module._apply` takes it, without the cast to 16 bits where it is called with one of `tensors`."""
-    kept = [t for tensor in tensors for t in (tensor, tensor.grad) if t is not None]
-
-    def apply(t: torch.Tensor) -> torch.Tensor:
-        applied = fn(t)
-        dtype = torch.promote_types(applied.dtype, torch.float32)
-        if applied.dtype in (t.dtype, dtype) or not any(t is tensor for tensor in kept):
-            return applied
-        return t.to(applied.device, dtype)
-
-    return apply
 
 
 class GatedRMSNorm(nn.Module):
@@ -48,8 +30,10 @@ class GatedRMSNorm(nn.Module):
         return (normed * F.silu(gate.to(compute))).to(gate.dtype)
 
 
-class GatedDeltaMixer(nn.Module):
-    """Base of the mixers: `x` `[B, T, C]` and a `State` in, `[B, T, C]` and the new `State` out.
+class GatedDeltaMixer(FastWeightMixer):
+    """Base of the mixers on the gated delta rule, which differ by their short convolution alone.
+
+    A subclass sets `conv_dim`, D, the channels that it convolves, and makes queries, keys and values in `qkv`.
 
     Args:
         hidden_size: C.
@@ -62,24 +46,15 @@ class GatedDeltaMixer(nn.Module):
     Source: Yang et al. 2025 (arXiv 2412.06464), gates and output norm; Lee et al. 2026, §2.
     """
 
+    fp32_parameters = GATES
     conv_dim: int
 
     def __init__(
         self, hidden_size: int, num_heads: int, head_dim: int, expand_v: float, conv_size: int, norm_eps: float = 1e-5
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.head_v_dim = round(head_dim * expand_v)
+        super().__init__(hidden_size, num_heads, head_dim, expand_v, conv_size)
         self.key_dim = num_heads * head_dim
         self.value_dim = num_heads * self.head_v_dim
-        self.conv_size = conv_size
-        if not is_whole(head_dim * expand_v):
-            raise ValueError(
-                f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; head_dim={head_dim} times "
-                "expand_v must "
-                "be a whole number"
-            )
         self.q_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, self.key_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
@@ -92,23 +67,31 @@ class GatedDeltaMixer(nn.Module):
         self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "GatedDeltaMixer":
-        # .to(bfloat16), .half() and the like leave the gates what loading in that dtype leaves them: a rounded decay
-        # is forgetting at another rate.
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(keeping(fn, (self.A_log, self.dt_bias)), recurse=False)
+    def qkv(
+        self, x: torch.Tensor, conv_state: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project and convolve `x` `[B, T, C]`.
 
-    def forward(self, x: torch.Tensor, state: State, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, State]:
-        """Mix over time.
-
-        Args:
-            x: `[B, T, C]`.
-            state: what the layer carried out of the tokens before.
-            lengths: `[B]` real tokens per row, pads behind them; `None` where all T are real.
+        Returns:
+            Queries and keys `[B, T, H * K]` and values `[B, T, H * V]`, all after their SiLU, and the new `conv_state`.
         """
         raise NotImplementedError
+
+    def forward(
+        self, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, FastWeights]:
+        recurrent_state, conv_state = fast_weights
+        q, k, v, conv_state = self.qkv(x, conv_state, lengths)
+        o, recurrent_state = gated_delta_rule(
+            q.unflatten(-1, (self.num_heads, self.head_dim)),
+            k.unflatten(-1, (self.num_heads, self.head_dim)),
+            v.unflatten(-1, (self.num_heads, self.head_v_dim)),
+            self.decay(x),
+            self.b_proj(x).sigmoid(),
+            recurrent_state,
+            lengths,
+        )
+        return self.output(o, x), FastWeights(recurrent_state, conv_state)
 
     def decay(self, x: torch.Tensor) -> torch.Tensor:
         """Log of α: `-exp(A_log) * softplus(a(x) + dt_bias)`, `[B, T, H]`, at least fp32."""
@@ -121,14 +104,25 @@ class GatedDeltaMixer(nn.Module):
         gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_v_dim))
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
 
-    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        """The empty memory: zeros. `dtype` is the activations'."""
+    def empty(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
         shape = (batch_size, self.num_heads, self.head_dim, self.head_v_dim)
-        recurrent_state = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        return recurrent_state, torch.zeros(batch_size, self.conv_dim, self.conv_size, device=device, dtype=dtype)
+        return FastWeights(
+            torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)),
+            torch.zeros(batch_size, self.conv_dim, self.conv_size, device=device, dtype=dtype),
+        )
 
     def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Fresh parameters: projections N(0, std), A ~ U(0, 16), time step log-uniform in [1e-3, 0.1].
+        self.draw_weights(std, generator)
+        init.zeros_(self.o_proj.weight)
+
+    def draw_weights(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Set fresh parameters of a layer that a base has of its own, whose output is no zero.
+
+        Projections N(0, std), A ~ U(0, 16), time step log-uniform in [1e-3, 0.1].
+
+        Args:
+            std: of the projections.
+            generator: to draw from; by default torch's own.
 
         Source: Gu & Dao 2024 (arXiv 2312.00752), §3.6, for the gates.
         """
@@ -140,3 +134,8 @@ class GatedDeltaMixer(nn.Module):
         low, high = math.log(1e-3), math.log(0.1)
         step = torch.empty_like(self.dt_bias).uniform_(low, high, generator=generator).exp()
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))
+
+    @property
+    def is_untrained(self) -> bool:
+        weight = self.o_proj.weight
+        return not weight.is_meta and not bool(weight.any())
