@@ -208,13 +208,12 @@ class Block(Recurrence):
         return self.block
 
     def empty(self, batch_size: int, dtype: torch.dtype) -> FastWeights:
-        return FastWeights(*self.block.mixer.init_state(batch_size, self.device, dtype))
+        return self.block.empty(batch_size, self.device, dtype)
 
     def step(
         self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, FastWeights]:
-        x, after = self.block(x, carried, lengths)
-        return x, FastWeights(*after)
+        return self.block(x, carried, lengths)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, tak
 from ..config import SleepConfig
 from ..engine import PassHook, PassPolicy, SleepHook, Watchers, pass_policy, running_order
 from ..hub import TAGS, CardFacts
-from ..layers.recurrence import GATES, keeping
+from ..layers.block import keeping
 from ..lm_config import SleepLMConfig
 from ..placement import check_whole, is_sharded, lengths_in_step
 from ..sleep import Sleeper
@@ -95,8 +95,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
     def __init__(self, config: SleepLMConfig, lm: PreTrainedModel | None = None):
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
-        decoder_for(self.lm)
         self.fast_weights, self.between = self.make_blocks(), self.make_between()
+        self.keep_in_fp32(decoder_for(self.lm).fp32_parameters)
         self.card, self.model_tags = CardFacts(), list(TAGS)
         self.gradient_checkpointing = False
         self._pass_hooks: dict[int, PassHook] = OrderedDict()
@@ -154,7 +154,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
     def _apply(self, fn: Callable, recurse: bool = True) -> "SleepForCausalLM":
         # What loading in 16 bits keeps: the gates, a hybrid base's too, and what is computed and not loaded, as RoPE's
         # frequencies are.
-        kept = [parameter for name, parameter in self.named_parameters() if name.rsplit(".", 1)[-1] in GATES]
+        kept = [p for name, p in self.named_parameters() if name.rpartition(".")[2] in self.fp32_parameters]
         kept += [buffer for _, buffer in self.named_non_persistent_buffers()]
         return super()._apply(keeping(fn, kept), recurse)
 

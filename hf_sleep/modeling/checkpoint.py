@@ -29,7 +29,7 @@ from ..lm_config import SleepLMConfig, check_keywords, check_model_type
 from ..placement import is_sharded
 from ..state import fingerprint
 from .only_sleep import BASE_KEYWORDS, HUB_KEYWORDS, SleepBlocks, base_of, joined_reports
-from .pretrained import SleepPreTrainedModel
+from .pretrained import ADDED, SleepPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -121,7 +121,7 @@ class CheckpointMixin(SleepPreTrainedModel):
             super().save_pretrained(folder, state_dict=state_dict, **kwargs)
             return
         if only_sleep:
-            state_dict = {k: v for k, v in (state_dict or self.state_dict()).items() if k.startswith("fast_weights.")}
+            state_dict = {k: v for k, v in (state_dict or self.state_dict()).items() if k.startswith(ADDED)}
         untrained = is_untrained(
             self.fast_weights.state_dict(prefix="fast_weights.") if state_dict is None else state_dict
         )

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..lm_config import SleepLMConfig
-from .pretrained import SleepPreTrainedModel
+from .pretrained import ADDED, SleepPreTrainedModel
 
 # What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
@@ -52,7 +52,8 @@ class SleepBlocks(SleepPreTrainedModel):
 
     def __init__(self, config: SleepLMConfig):
         super().__init__(config)
-        self.fast_weights = self.make_blocks()
+        self.fast_weights, self.between = self.make_blocks(), self.make_between()
+        self.keep_in_fp32()
         self.report: Any = None
         self.post_init()
 
@@ -98,7 +99,7 @@ def _map_of_base(device_map: dict[str, Any]) -> dict[str, Any]:
     return {
         name if not f"{name}.".startswith("lm.") else name.removeprefix("lm").removeprefix("."): device
         for name, device in device_map.items()
-        if not f"{name}.".startswith("fast_weights.")
+        if not f"{name}.".startswith(ADDED)
     }
 
 

@@ -9,17 +9,21 @@ from transformers import PreTrainedModel
 
 from ..engine import Between
 from ..layers import FastWeightBlock
-from ..layers.recurrence import GATES
 from ..lm_config import SleepLMConfig
 from ..placement import compute_device
 from ..registry import BETWEEN
+
+
+# What a sleep adds to a base, by the names of its parameters.
+ADDED = ("fast_weights.", "between.")
 
 
 class SleepPreTrainedModel(PreTrainedModel):
     """What a sleeping model and its blocks alone share: how they are loaded and initialised."""
 
     config_class = SleepLMConfig
-    _keep_in_fp32_modules_strict = list(GATES)
+    fp32_parameters: tuple[str, ...] = ()
+    _keep_in_fp32_modules_strict: Any = None
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -40,6 +44,17 @@ class SleepPreTrainedModel(PreTrainedModel):
                 for layer in sleep.block_layers
             }
         )
+
+    def keep_in_fp32(self, of_base: tuple[str, ...] = ()) -> None:
+        """Let the parameters that a block's mixer or the base's recurrent layers want in fp32 stay in it.
+
+        Args:
+            of_base: last parts of the base's names.
+        """
+        blocks: Any = self.fast_weights
+        names = {name for block in blocks.values() for name in block.fp32_parameters}
+        self.fp32_parameters = tuple(sorted(names.union(of_base)))
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *self.fp32_parameters}
 
     def make_between(self) -> Between:
         """What happens between two passes, as the config says."""
@@ -76,8 +91,8 @@ def draw_blocks(model: Any, base: PreTrainedModel) -> None:
         block.to_empty(device="cpu").double()
         block.init_weights(std, torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8])))
         for name, parameter in block.named_parameters():
-            is_gate = name.rpartition(".")[2] in GATES
-            parameter.data = parameter.data.float().to(high if is_gate else base.dtype)
+            is_high = name.rpartition(".")[2] in block.fp32_parameters
+            parameter.data = parameter.data.float().to(high if is_high else base.dtype)
         block.to(compute_device(model.decoder.layers[int(layer)]))
         for module in block.modules():
             module._is_hf_initialized = True

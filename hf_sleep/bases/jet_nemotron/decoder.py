@@ -33,4 +33,4 @@ class JetNemotronDecoder(Decoder):
         return layer.self_attn(x, fast_weights, lengths)
 
     def empty_fast_weights(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
-        return FastWeights(*self.layers[index].self_attn.init_state(batch_size, device, dtype))
+        return self.layers[index].self_attn.empty(batch_size, device, dtype)

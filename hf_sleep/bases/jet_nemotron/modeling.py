@@ -24,7 +24,8 @@ from transformers.utils.output_capturing import capture_outputs
 from ...compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
 from ...generation import RecurrentGenerationMixin
 from ...layers import Jet
-from ...layers.recurrence import GATES, State
+from ...layers.recurrence import GATES
+from ...memory import FastWeights
 from ...packing import refuse_packed
 from .configuration import JetNemotronConfig
 
@@ -105,13 +106,13 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
         """Run the Jet mixer on from what `cache` holds of this layer; pads read zero and leave no trace."""
         jet: Any = self.self_attn
         if cache is None or not cache.has_previous_state(self.layer_idx):
-            state: State = jet.init_state(len(x), x.device, x.dtype)
+            state: FastWeights = jet.empty(len(x), x.device, x.dtype)
         else:
             layer = cache.layers[self.layer_idx]
-            state = layer.recurrent_states[0], layer.conv_states[0]
+            state = FastWeights(layer.recurrent_states[0], layer.conv_states[0])
             if torch.is_grad_enabled():
                 # The cache is written in place, which a graph that still needs its old content would not survive.
-                state = state[0].clone(), state[1].clone()
+                state = FastWeights(*(t.clone() for t in state))
         if real is None:
             mixed, state = jet(x, state)
         else:
