@@ -1,32 +1,46 @@
 """hf_sleep: pretrained language models that sleep."""
 
 from .auto import AutoModelForSleepLM
-from .bases import JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
+from .bases import Decoder, JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
 from .cache import SleepCache
 from .config import SleepConfig
 from .dtypes import default_dtype
-from .engine import SleepEvent
+from .engine import Between, Eviction, PassPolicy, SleepEvent, UntilSettled, WithinSeconds
+from .layers import FastWeightMixer
 from .lm_config import SleepLMConfig
 from .lora import sleep_lora_config
+from .memory import FastWeights
 from .modeling import SleepForCausalLM
-from .registry import register_base
+from .registry import register_base, register_between, register_block, register_eviction, register_pass_policy
 from .state import SleepState
 from .version import __version__
 
 __all__ = [
     "AutoModelForSleepLM",
+    "Between",
+    "Decoder",
+    "Eviction",
+    "FastWeightMixer",
+    "FastWeights",
     "JetNemotronConfig",
     "JetNemotronForCausalLM",
     "OuroConfig",
     "OuroForCausalLM",
+    "PassPolicy",
     "SleepCache",
     "SleepConfig",
     "SleepEvent",
     "SleepForCausalLM",
     "SleepLMConfig",
     "SleepState",
+    "UntilSettled",
+    "WithinSeconds",
     "__version__",
     "default_dtype",
     "register_base",
+    "register_between",
+    "register_block",
+    "register_eviction",
+    "register_pass_policy",
     "sleep_lora_config",
 ]

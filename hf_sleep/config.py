@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .bases.decoder import adapter_of
 from .checks import is_whole, reject, require_int, require_int_tuple
-from .registry import BETWEEN, EVICTIONS
+from .registry import BETWEEN, BLOCKS, EVICTIONS
 from .version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .engine import Eviction
-
-BLOCK_KINDS = ("jet", "gated_delta_net")
 
 
 @dataclass
@@ -35,7 +33,7 @@ class SleepConfig:
         loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep. `None`: all of them, or
             what the base's family loops (Jet-Nemotron: the middle half).
         between: what happens between two passes: `"none"`, as in the paper, or a registered name.
-        block_kind: `"jet"` or `"gated_delta_net"`.
+        block_kind: `"jet"`, `"gated_delta_net"`, or the name of a registered block.
         num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
             linear-recurrent layers, none into a hybrid.
         block_layers: instead of `num_blocks`, the decoder layers after which a block is injected.
@@ -75,8 +73,8 @@ class SleepConfig:
             raise reject("SleepConfig.eviction", self.eviction, EVICTIONS.what_works())
         if self.between not in BETWEEN:
             raise reject("SleepConfig.between", self.between, BETWEEN.what_works())
-        if self.block_kind not in BLOCK_KINDS:
-            raise reject("SleepConfig.block_kind", self.block_kind, f"it must be one of {', '.join(BLOCK_KINDS)}")
+        if self.block_kind not in BLOCKS:
+            raise reject("SleepConfig.block_kind", self.block_kind, BLOCKS.what_works())
         if self.num_sink_tokens >= self.window_size:
             raise reject(
                 "SleepConfig.num_sink_tokens",

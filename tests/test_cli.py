@@ -15,9 +15,9 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import hf_sleep_command
-from hf_sleep import SleepConfig, SleepForCausalLM, SleepLMConfig, __version__
+from hf_sleep import SleepConfig, SleepForCausalLM, SleepLMConfig, __version__, registry
 from hf_sleep.cli import SETTINGS, app
-from hf_sleep.config import BLOCK_KINDS, EVICTION_STYLES
+from hf_sleep.config import EVICTION_STYLES
 from hf_sleep.info import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +201,8 @@ def test_the_help_shows_the_defaults_of_the_library(monkeypatch: pytest.MonkeyPa
         default = getattr(SleepConfig(), field)
         assert re.findall(r"\[default: (.*)\]$", meaning) == ([] if default is None else [str(default)])
     assert f": {' or '.join(EVICTION_STYLES)}." in SETTINGS["eviction"]
-    assert f": {' or '.join(BLOCK_KINDS)}." in SETTINGS["block_kind"]
+    assert ": jet or gated_delta_net." in SETTINGS["block_kind"]
+    assert registry.BLOCKS.names() == ["gated_delta_net", "jet"]
 
 
 def test_the_version() -> None:

@@ -18,8 +18,15 @@ from safetensors.torch import load_file, save_file
 from test_laws import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM, SleepLMConfig, SleepState
-from hf_sleep.config import BLOCK_KINDS
+from hf_sleep import (
+    AutoModelForSleepLM,
+    SleepCache,
+    SleepConfig,
+    SleepForCausalLM,
+    SleepLMConfig,
+    SleepState,
+    registry,
+)
 
 L = 6
 LOADERS = (SleepForCausalLM, AutoModelForSleepLM, AutoModelForCausalLM)
@@ -413,7 +420,7 @@ def assert_fresh(model: SleepForCausalLM, *, but: frozenset[str] = frozenset()) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", BLOCK_KINDS)
+@pytest.mark.parametrize("kind", registry.BLOCKS.names())
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "ouro", "jet_nemotron"])
 def test_a_model_made_from_its_config_is_an_untrained_retrofit(family, kind, dtype, dirty_memory):
     text = make_base(family).config
@@ -439,7 +446,7 @@ def without(folder: Path, names: set[str]) -> None:
 
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", BLOCK_KINDS)
+@pytest.mark.parametrize("kind", registry.BLOCKS.names())
 @pytest.mark.parametrize("only_sleep", [False, True])
 def test_missing_blocks_are_made_and_reported(only_sleep, kind, dtype, device_map, bases, tmp_path, dirty_memory):
     model = retrofit(bases("llama"), sleep=SleepConfig(window_size=L, block_kind=kind, **BLOCKS), dtype=dtype)

@@ -13,7 +13,6 @@ from ..lm_config import SleepLMConfig
 from ..placement import compute_device
 from ..registry import BETWEEN
 
-
 # What a sleep adds to a base, by the names of its parameters.
 ADDED = ("fast_weights.", "between.")
 
