@@ -245,8 +245,8 @@ def _one_token_kv(slot: Attention, x: torch.Tensor) -> KV | None:
     """What an attention layer caches of one token: asked of the layer itself."""
     kv = WindowKV(None, Append([0], [1], x.device))
     # Not Decoder.rope: RoPE that scales with the positions looks at them, and here they have no values.
-    frequencies, token = slot.decoder.frequencies(slot.kind), x.bfloat16()
-    rope = None if frequencies is None else (token.new_empty(1, 1, 2 * len(frequencies)),) * 2
+    width, token = slot.decoder.rope_width(slot.kind), x.bfloat16()
+    rope = None if width is None else (token.new_empty(1, 1, width),) * 2
     slot.decoder.attention_layer(slot.index, token, rope, None, kv)
     return kv.pair and KV(*(t.to(x.dtype) for t in kv.pair))
 

@@ -18,7 +18,10 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 """What attention layers get as `position_embeddings`: cos and sin, `[B, T, D]`; `None` where they want none."""
 
 
-@register_base("llama", "mistral", "qwen2", "qwen3", "olmo2")
+@register_base(
+    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "phi3", "gemma"),
+    *("gemma2", "starcoder2", "stablelm", "nemotron", "seed_oss", "arcee", "apertus"),
+)
 class Decoder:
     """Runs the parts of a Llama-shaped base: `lm.model.{embed_tokens,layers,norm,rotary_emb}` and `lm.lm_head`.
 
@@ -40,6 +43,9 @@ class Decoder:
 
     norm_every_pass = False
     """Whether the base's final norm closes every pass over its layers, and not the last alone."""
+
+    interleaved_rope = False
+    """Whether RoPE turns channels 2j and 2j + 1 of a head together, and not j and j plus half of those that turn."""
 
     # From the config alone, before there is a model.
 
@@ -106,6 +112,11 @@ class Decoder:
         """RoPE's inverse frequencies in layers of this kind, radians per position; `None` where there is no RoPE."""
         return self.model.rotary_emb.inv_freq
 
+    def rope_width(self, kind: str) -> int | None:
+        """Last dimension of the tables that `rope` gives in layers of this kind; `None` where it gives `None`."""
+        frequencies = self.frequencies(kind)
+        return None if frequencies is None else 2 * len(frequencies)
+
     def shift_keys(self, keys: torch.Tensor, shift: torch.Tensor, kind: str) -> torch.Tensor:
         """Rotate cached keys `[B, H, T, D]` on by `shift` `[B]` positions (on the CPU), as RoPE would have."""
         frequencies = self.frequencies(kind)
@@ -115,9 +126,11 @@ class Decoder:
         angle = (shift.double().unsqueeze(1) * frequencies.cpu().double()).view(len(shift), 1, 1, -1)
         dtype = torch.promote_types(keys.dtype, torch.float32)
         cos, sin = (table.to(dtype).to(keys.device) for table in (angle.cos(), angle.sin()))
-        half = angle.shape[-1]
-        x, y, rest = keys.to(dtype).split((half, half, keys.shape[-1] - 2 * half), dim=-1)
-        return torch.cat((x * cos - y * sin, y * cos + x * sin, rest), dim=-1).to(keys.dtype)
+        turning, rest = keys.to(dtype).tensor_split((2 * angle.shape[-1],), dim=-1)
+        x, y = turning.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved_rope else turning.chunk(2, dim=-1)
+        turned = x * cos - y * sin, y * cos + x * sin
+        turning = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved_rope else torch.cat(turned, dim=-1)
+        return torch.cat((turning, rest), dim=-1).to(keys.dtype)
 
     def attention_layer(
         self, index: int, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, kv: Any
@@ -245,12 +258,19 @@ def decoder_for(lm: PreTrainedModel) -> Decoder:
         ValueError: an unlisted family with another body, with what it lacks and what an adapter for it must say.
     """
     family = lm.config.model_type
-    if family not in BASES and (missing := missing_parts(lm)):
-        raise ValueError(
-            f"no decoder adapter for model_type={family!r}, and {type(lm).__name__} is not Llama-shaped: it has no "
-            f"{', '.join(missing)}. {what_an_adapter_needs(family)}"
-        )
+    if family not in BASES:
+        _refuse_other_bodies(lm)
     return adapter_of(lm.config)(lm)
+
+
+def _refuse_other_bodies(lm: PreTrainedModel) -> None:
+    """Raise unless the base of an unlisted family has a Llama-shaped body."""
+    family = lm.config.model_type
+    refused = f"no decoder adapter for model_type={family!r}, and {type(lm).__name__} is not Llama-shaped: "
+    if missing := missing_parts(lm):
+        raise ValueError(f"{refused}it has no {', '.join(missing)}. {what_an_adapter_needs(family)}")
+    if unknown := set(Decoder.layer_kinds(lm.config)) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{refused}it has {', '.join(sorted(unknown))} layers. {what_an_adapter_needs(family)}")
 
 
 def what_an_adapter_needs(family: str) -> str:

@@ -1,0 +1,38 @@
+"""Families that scale their embeddings or logits."""
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..registry import register_base
+from .decoder import Decoder
+from .rope import PartlyRotatedDecoder
+
+
+@register_base("granite", "granitemoe")
+class GraniteDecoder(Decoder):
+    """Granite: both are scaled; what scales the residual stream is in its layers."""
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().embed(input_ids) * self.config.embedding_multiplier
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().logits(x) / self.config.logits_scaling
+
+
+@register_base("cohere")
+class CohereDecoder(Decoder):
+    """Command R: scaled logits, and RoPE that turns neighbouring channels."""
+
+    interleaved_rope = True
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().logits(x) * self.config.logit_scale
+
+
+@register_base("cohere2")
+class Cohere2Decoder(CohereDecoder, PartlyRotatedDecoder):
+    """Command R7B: RoPE in its sliding layers alone."""
+
+    @classmethod
+    def rotates(cls, config: PreTrainedConfig, index: int) -> bool:
+        return config.layer_types[index] == "sliding_attention"
