@@ -184,7 +184,9 @@ def describe(
         lm = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16)
         decoder_for(lm)
         # A copy: a new config resets what its sub-configs were built with.
-        model = SleepForCausalLM(SleepLMConfig(text_config=copy.deepcopy(lm.config), sleep=settings), lm=lm)
+        # There are no values here to probe an unlisted family with.
+        unprobed = SleepLMConfig(text_config=copy.deepcopy(lm.config), sleep=settings, probed={})
+        model = SleepForCausalLM(unprobed, lm=lm)
         return _measure(model, config.name_or_path, is_checkpoint, dtype)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .config import SleepConfig
+from .registry import BASES
 
 
 def check_model_type(model_type: str | None, source: Any) -> None:
@@ -39,6 +40,8 @@ class SleepLMConfig(PreTrainedConfig):
         only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from
             `base_model_name_or_path`.
         use_cache: whether a forward returns a cache where it is not said.
+        probed: of a base of an unlisted family, what was found equal when it was retrofitted (`hf_sleep.bases.Probe`).
+        base_module: the module that registered the base's family from outside of this package.
     """
 
     model_type = "sleep_lm"
@@ -51,6 +54,8 @@ class SleepLMConfig(PreTrainedConfig):
     base_fingerprint: str | None = None
     only_sleep: bool = False
     use_cache: bool = True
+    probed: dict[str, Any] | None = None
+    base_module: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
@@ -59,12 +64,16 @@ class SleepLMConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
             model_type = fields.pop("model_type", None)
+            self._check_imported(model_type)
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(
                     f"SleepLMConfig.text_config has model_type={model_type!r}, which this transformers does not know; "
-                    "it must be the config of a decoder, with its model_type"
+                    "it must be the config of a decoder, with its model_type. Of a model with code of its own, import "
+                    "what registers it with AutoConfig and AutoModelForCausalLM first"
                 )
             self.text_config = CONFIG_MAPPING[model_type](**fields)
+        self._check_imported(self.text_config.model_type)
+        self.base_module = BASES.module_of(self.text_config.model_type)
         if not isinstance(self.sleep, SleepConfig):
             self.sleep = SleepConfig.from_dict(self.sleep or {})
         self.sleep = self.sleep.resolve(self.text_config)
@@ -73,6 +82,13 @@ class SleepLMConfig(PreTrainedConfig):
             if kwargs.get(token) is None:
                 kwargs[token] = getattr(self.text_config, token, None)
         super().__post_init__(**kwargs)
+
+    def _check_imported(self, model_type: str | None) -> None:
+        """Raise `ValueError` where the base's family was registered by a package that is not imported."""
+        if self.base_module is not None and model_type not in BASES:
+            raise ValueError(
+                f"SleepLMConfig.text_config has model_type={model_type!r}: {BASES.what_works(self.base_module)}"
+            )
 
     @classmethod
     def get_config_dict(
@@ -103,4 +119,7 @@ class SleepLMConfig(PreTrainedConfig):
         """The dictionary written to config.json, with `sleep` as plain values."""
         output = super().to_dict()
         output["sleep"] = self.sleep.to_dict()
+        for name in ("probed", "base_module"):
+            if output[name] is None:
+                del output[name]
         return output

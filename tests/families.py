@@ -43,6 +43,10 @@ _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_atte
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
 
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_PARTIAL = {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}}
+_SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.6, "attention_multiplier": 0.4}
+
 FAMILIES = {
     "llama": ("llama", {}),
     "llama_yarn": ("llama", {"rope_parameters": _YARN}),
@@ -88,7 +92,39 @@ FAMILIES = {
         },
     ),
     "ouro": ("ouro", {"total_ut_steps": 1}),
+    "phi3": ("phi3", _PARTIAL | {"sliding_window": 4}),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS),
+    "mixtral": ("mixtral", _EXPERTS | {"sliding_window": None}),
+    "granite": ("granite", _SCALES),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    "glm4": ("glm4", {}),
+    "gpt_oss": ("gpt_oss", _EXPERTS | {"sliding_window": 4, "layer_types": _MIXED}),
+    "ministral": ("ministral", {"sliding_window": 4, "layer_types": _MIXED}),
 }
+# Listed too; they differ from those above in their layers' insides, so that a few laws are enough.
+MORE_FAMILIES = {
+    "apertus": ("apertus", {}),
+    "arcee": ("arcee", {}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "cohere2": ("cohere2", {"logit_scale": 0.5, "sliding_window": 4, "layer_types": _MIXED}),
+    "ernie4_5": ("ernie4_5", {}),
+    "exaone4": ("exaone4", {"sliding_window": 4, "layer_types": _MIXED}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 4, "layer_types": _MIXED, "query_pre_attn_scalar": 8}),
+    "glm": ("glm", {}),
+    "granitemoe": ("granitemoe", _EXPERTS | _SCALES),
+    "helium": ("helium", {}),
+    "nemotron": ("nemotron", _PARTIAL),
+    "olmoe": ("olmoe", _EXPERTS),
+    "seed_oss": ("seed_oss", {}),
+    "smollm3_window": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 4, "layer_types": _MIXED},
+    ),
+    "stablelm": ("stablelm", _PARTIAL),
+    "starcoder2": ("starcoder2", {"sliding_window": 4}),
+}
+EAGER = ("gemma2", "gpt_oss")  # sdpa has neither soft caps nor sinks of its own
 HYBRIDS = ("qwen3_next", "qwen3_5", "olmo_hybrid", "olmo_hybrid_nope", "jet_nemotron")
 # Whose untrained retrofit is the base bit for bit: the recurrence of stock hybrids runs on our op instead.
 BITWISE = tuple(name for name in FAMILIES if name not in HYBRIDS or name == "jet_nemotron")
@@ -106,9 +142,10 @@ def sleep_config(family: str, **fields) -> SleepConfig:
 
 def make_base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A base causal LM with random weights that are large enough for every layer to matter."""
-    model_type, fields = FAMILIES[family]
+    model_type, fields = (FAMILIES | MORE_FAMILIES)[family]
     config = AutoConfig.for_model(model_type, **(_COMMON | fields))
-    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", experts_implementation="eager")
+    attention = "eager" if model_type in EAGER else "sdpa"
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     randomize(base, seed)
     return base.to(dtype).eval()
 

@@ -77,6 +77,10 @@ def stock_delta_rule(query, key, value, g, beta, initial_state, **_):
 NAIVE = {"torch_chunk_gated_delta_rule": stock_delta_rule, "torch_recurrent_gated_delta_rule": stock_delta_rule}
 
 
+INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium")
+"""Models whose RoPE turns channels 2j and 2j + 1 together."""
+
+
 class LayerCache:
     """What one stock layer sees as its cache: retained KV, or the state its recurrence starts from."""
 
@@ -103,6 +107,13 @@ class LayerCache:
 
     def update_recurrent_state(self, S, layer_idx):
         self.S = S[0]
+
+
+def as_implemented(visible, config, dtype):
+    """A boolean mask in the form that the base's attention takes: eager adds it to the scores."""
+    if config._attn_implementation != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 class Row:
@@ -135,10 +146,12 @@ class Row:
         (a, b), depth = self.sleep.loop_layers, len(self.decoder.layers)
         self.positions = list(range(self.next_position, self.next_position + len(ids)))
         self.start, self.current = dict(self.memory), {}
-        h = self.run(range(a), self.decoder.embed_tokens(ids)[None])
+        embedded = self.decoder.embed_tokens(ids)[None] * getattr(self.config, "embedding_multiplier", 1)
+        h = self.run(range(a), embedded)
         h = self.run(range(a, b), h)
         out = self.run(range(b, depth), h)
         logits = self.model.lm_head(out if self.norm_every_pass else self.decoder.norm(out))[0]
+        logits = logits * getattr(self.config, "logit_scale", 1) / getattr(self.config, "logits_scaling", 1)
         if passes > 1:
             for _ in range(passes - 1):
                 h = self.run(range(a, b), h)
@@ -188,7 +201,13 @@ class Row:
                 near = self.sleep.eviction == "hard" or query - key < self.sleep.window_size
                 inside = own_window is None or query - key < own_window
                 visible[row, column] = key <= query and (sink or near) and inside
-        return visible[None, None]
+        return as_implemented(visible[None, None], self.config, self.decoder.embed_tokens.weight.dtype)
+
+    def rotated(self, i):
+        """Whether layer i has positions."""
+        if self.config.model_type == "smollm3":
+            return bool(self.config.no_rope_layers[i])
+        return self.config.model_type not in ("cohere2", "exaone4") or self.types[i] == "sliding_attention"
 
     def rotary(self, i, h):
         """cos and sin of the window's positions, for layer i."""
@@ -220,12 +239,16 @@ class Row:
     def rerotate(self, i, k, moves):
         """Turn keys `[1, H, J, D]` as if their tokens had stood `moves` positions further."""
         rotary = self.decoder.rotary_emb
-        if rotary is None or not any(moves):
+        if rotary is None or not any(moves) or not self.rotated(i):
             return k
         per_type = f"{self.types[i]}_inv_freq"
         inv_freq = getattr(rotary, per_type) if hasattr(rotary, per_type) else rotary.inv_freq
         angle = torch.tensor(moves, dtype=torch.double)[:, None] * inv_freq.double()
         cos, sin, half = angle.cos().to(k.dtype), angle.sin().to(k.dtype), inv_freq.shape[0]
+        if self.config.model_type in INTERLEAVED:
+            x, y, rest = k[..., : 2 * half : 2], k[..., 1 : 2 * half : 2], k[..., 2 * half :]
+            turned = torch.stack((x * cos - y * sin, y * cos + x * sin), -1).flatten(-2)
+            return torch.cat((turned, rest), -1)
         x, y, rest = k[..., :half], k[..., half : 2 * half], k[..., 2 * half :]
         return torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1)
 

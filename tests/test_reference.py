@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, exact, make_stand_in, sleep_config, tokens
-from reference import convolve, delta_rule, reference_logits, reference_loss, reference_run, run_block
+from reference import as_implemented, convolve, delta_rule, reference_logits, reference_loss, reference_run, run_block
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def flat_logits(model, ids, positions, may_see):
             ]
             for i in range(len(ids))
         ]
-        masks[name] = torch.tensor(rows)[None, None]
+        masks[name] = as_implemented(torch.tensor(rows)[None, None], config, model.lm.dtype)
     mask = {name: masks[name] for name in types} if len(types) > 1 else masks["full_attention"]
     with blocks_hooked(model):
         return model.lm(ids[None], attention_mask=mask, position_ids=torch.tensor([positions]), use_cache=False).logits[

@@ -7,6 +7,7 @@ from . import gated_delta_net, rope, scales
 from .decoder import Decoder, Rope, adapter_of, decoder_for
 from .jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel, JetNemotronPreTrainedModel
 from .ouro import OuroConfig, OuroForCausalLM, OuroModel, OuroPreTrainedModel
+from .probe import Probe
 
 __all__ = [
     "Decoder",
@@ -18,6 +19,7 @@ __all__ = [
     "OuroForCausalLM",
     "OuroModel",
     "OuroPreTrainedModel",
+    "Probe",
     "Rope",
     "adapter_of",
     "decoder_for",

@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
+from ..registry import BASES
 from .comparison import STEPS, Comparison
-from .decoder import Decoder, decoder_for
+from .decoder import Decoder, decoder_for, what_an_adapter_needs
 from .miniature import miniature
 
 LENGTHS = (1, 6, 65)
@@ -51,6 +52,16 @@ class Probe:
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return dataclasses.asdict(self)
+
+
+def require_probed(model_type: str, probed: dict[str, Any] | None) -> None:
+    """Raise `ValueError` for a family that is neither listed nor, by its report, probed."""
+    if probed is None and model_type not in BASES:
+        raise ValueError(
+            f"model_type={model_type!r} is not listed, and SleepLMConfig.probed holds no report of it: retrofit a base "
+            "with AutoModelForSleepLM.from_pretrained or SleepForCausalLM.from_base, which compare it with the plain "
+            f"adapter. {what_an_adapter_needs(model_type)}"
+        )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from ..bases.decoder import Decoder, decoder_for
+from ..bases.probe import probe, require_probed
 from ..cache import SleepCache
 from ..compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
 from ..config import SleepConfig
@@ -23,13 +24,15 @@ from ..hub import TAGS, CardFacts
 from ..layers.block import keeping
 from ..lm_config import SleepLMConfig
 from ..placement import check_whole, is_sharded, lengths_in_step
+from ..registry import BASES
 from ..sleep import Sleeper
 from ..state import fingerprint
 from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
 from .generation import SleepGenerationMixin
+from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, memory_in
-from .outputs import Asked, logits_of_reads, loss_of_reads, mean_loss, summed_cross_entropy
+from .outputs import Asked, answer, mean_loss
 from .pretrained import draw_blocks
 
 logger = logging.get_logger(__name__)
@@ -51,26 +54,6 @@ def uncompiled(function: Callable) -> Callable:
         return (run if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return choose
-
-
-class Headless(nn.Module):
-    """A sleeping model that stops before its head: it reads and sleeps as the model does.
-
-    What `base_model` is, for those who apply the head themselves, as TRL's trainers do from within the model's
-    forward. It calls the class's own forward: theirs has taken the place of the instance's, and hooks have run.
-
-    Args:
-        model: a `SleepForCausalLM`.
-    """
-
-    def __init__(self, model: "SleepForCausalLM"):
-        super().__init__()
-        self.model, self.config = model, model.config
-        self._tp_plan, self._pp_plan = model._tp_plan, model._pp_plan
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As `SleepForCausalLM.forward` without labels: `last_hidden_state` `[B, T, C]` instead of logits."""
-        return type(self.model).forward(self.model, *args, **kwargs, skip_head=True)
 
 
 class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
@@ -97,6 +80,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
         self.fast_weights, self.between = self.make_blocks(), self.make_between()
         self.keep_in_fp32(decoder_for(self.lm).fp32_parameters)
+        require_probed(config.text_config.model_type, config.probed)
         self.card, self.model_tags = CardFacts(), list(TAGS)
         self.gradient_checkpointing = False
         self._pass_hooks: dict[int, PassHook] = OrderedDict()
@@ -106,7 +90,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             self.post_init()
 
     @classmethod
-    def from_base(cls, base: PreTrainedModel, sleep: SleepConfig | None = None) -> "SleepForCausalLM":
+    def from_base(
+        cls, base: PreTrainedModel, sleep: SleepConfig | None = None, probed: dict[str, Any] | None = None
+    ) -> "SleepForCausalLM":
         """Retrofit a loaded base model: wrap it and give it fresh fast-weight blocks that add nothing yet.
 
         The blocks follow from the base's weights alone: whoever loads the same base as it was loaded here gets the
@@ -114,13 +100,19 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         `block.init_weights(std)` for every block of `model.fast_weights.values()`.
 
         Args:
-            base: a causal LM of a known family, on any device, quantised or not. It is wrapped, not copied.
+            base: a causal LM, on any device, quantised or not. It is wrapped, not copied. One of a family that is not
+                listed is probed first: its layers, run one by one, must compute what its own forward computes.
             sleep: how to sleep; defaults to `SleepConfig()`.
+            probed: what an earlier probe of an unlisted family found, with which it is not probed again.
 
         Raises:
-            ValueError: an unknown family, or settings that do not fit the base.
+            ValueError: a family that needs an adapter, or settings that do not fit the base.
         """
         decoder_for(base)
+        if base.config.model_type in BASES:
+            probed = None
+        elif probed is None:
+            probed = probe(base).to_dict()
         # A new config resets what its sub-configs were loaded with.
         attention, experts = base.config._attn_implementation, base.config._experts_implementation
         config = SleepLMConfig(
@@ -130,6 +122,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             base_fingerprint=fingerprint(base),
             dtype=base.dtype,
             use_cache=getattr(base.config, "use_cache", True),
+            probed=probed,
         )
         config._attn_implementation, config._experts_implementation = attention, experts
         with torch.device("meta"):
@@ -338,18 +331,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
 
         asked = Asked.of(labels, layout, read, logits_to_keep, in_training=self.training)
         memory, reads = sleeper.read(memory, read.compact(x), read.counts, policy, asked.wanted, backprop_windows)
-        logits = loss = None
-        if asked.targets_by_row is not None:
-            loss = loss_of_reads(sleeper.decoder.logits, reads, asked.targets_by_row, self.gradient_checkpointing)
-            loss = x.float().sum() * 0.0 if loss is None else loss  # all pads
-        else:
-            head, size = (
-                (sleeper.decoder.head_input, x.shape[-1]) if skip_head else (sleeper.decoder.logits, vocab_size)
-            )
-            logits = logits_of_reads(head, reads, read, asked.columns_needed, size, x)
-            loss = None if asked.targets is None else summed_cross_entropy(logits, asked.targets)
-            logits = logits[:, : layout.width] if in_step else logits
-            logits = logits[:, -min(logits_to_keep or layout.width, layout.width) :]
+        logits, loss = answer(asked, reads, sleeper.decoder, x, skip_head, self.gradient_checkpointing)
         if loss is not None and asked.targets is not None and labels is not None:
             loss = mean_loss(loss, asked.targets, labels, num_items_in_batch)
 

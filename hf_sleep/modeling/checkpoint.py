@@ -248,7 +248,7 @@ class CheckpointMixin(SleepPreTrainedModel):
             raise ValueError(
                 f"{name} does not hold this model's fast weights: missing {missing[:3]}, unexpected {unexpected[:3]}"
             )
-        model = cls.from_base(base, config.sleep)
+        model = cls.from_base(base, config.sleep, config.probed)
         # What is missing stays as a fresh retrofit has it.
         fresh = {*missing, *(key for key, *_ in report["mismatched_keys"])}
         loaded = {key: weight for key, weight in blocks.state_dict().items() if key not in fresh}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
+from ..bases.decoder import Decoder
 from ..engine import Read
 from ..labels import IGNORED, next_labels
 from .inputs import Layout
@@ -22,6 +23,8 @@ class Asked:
 
     Args:
         layout: of the columns that are read.
+        columns: of the call, which are the first of those that are read.
+        keep: how many of the last of them the caller wants to see.
         targets: `[B, width]`, per column the label of the next; `None` without labels.
         targets_by_row: `[B, T]` on the CPU, left-aligned, where logits are made just where there is a target.
         columns_needed: how many of the last columns need logits.
@@ -29,6 +32,8 @@ class Asked:
     """
 
     layout: Layout
+    columns: int
+    keep: int
     targets: torch.Tensor | None
     targets_by_row: torch.Tensor | None
     columns_needed: int
@@ -50,14 +55,16 @@ class Asked:
         keep, in_step = min(logits_to_keep or layout.width, layout.width), read is not layout
         if labels is None:
             needed = read.width if in_step else keep
-            return cls(read, None, None, needed, None if in_step else _wanted_columns(read, needed))
+            return cls(read, layout.width, keep, None, None, needed, None if in_step else _wanted_columns(read, needed))
         real = None if layout.is_full else layout.mask().to(labels.device)
         targets = F.pad(next_labels(labels, real), (0, read.width - layout.width), value=IGNORED)
         # A loss needs all columns, whatever the caller wants to see of them.
         if not in_training or logits_to_keep:
-            return cls(read, targets, None, read.width, None)
+            return cls(read, layout.width, keep, targets, None, read.width, None)
         by_row = read.compact(targets).cpu()
-        return cls(read, targets, by_row, read.width, None if in_step else _wanted_targets(read, by_row))
+        return cls(
+            read, layout.width, keep, targets, by_row, read.width, None if in_step else _wanted_targets(read, by_row)
+        )
 
 
 def _wanted_columns(layout: Layout, keep: int) -> list[list[bool]] | None:
@@ -76,6 +83,33 @@ def _wanted_targets(layout: Layout, targets: torch.Tensor) -> list[list[bool]]:
         row = max(range(len(wanted)), key=layout.counts.__getitem__)
         wanted[row][max(0, layout.counts[row] - 1)] = True
     return wanted
+
+
+def answer(
+    asked: Asked, reads: Sequence[Read], decoder: Decoder, x: torch.Tensor, skip_head: bool, is_checkpointing: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What was asked for.
+
+    Args:
+        asked: for what.
+        reads: what was read.
+        decoder: has the head.
+        x: the embeddings that were read, `[B, T, C]`.
+        skip_head: return what the head takes instead of logits.
+        is_checkpointing: make the logits of a loss again in the backward.
+
+    Returns:
+        Logits `[B, keep, vocab]`, `None` where they are made just for the loss, and the summed loss, if any.
+    """
+    if asked.targets_by_row is not None:
+        loss = loss_of_reads(decoder.logits, reads, asked.targets_by_row, is_checkpointing)
+        return None, x.float().sum() * 0.0 if loss is None else loss  # all pads
+    size = x.shape[-1] if skip_head else decoder.config.vocab_size
+    head = decoder.head_input if skip_head else decoder.logits
+    logits = logits_of_reads(head, reads, asked.layout, asked.columns_needed, size, x)
+    loss = None if asked.targets is None else summed_cross_entropy(logits, asked.targets)
+    logits = logits[:, : asked.columns] if asked.layout.width > asked.columns else logits
+    return logits[:, -asked.keep :], loss
 
 
 def logits_of_reads(
