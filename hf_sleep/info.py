@@ -155,6 +155,7 @@ def describe(
         2 · T · parameters that a token passes through (of E experts, as many as the router picks)
         2 · T · W · heads · (key width + value width)      attention: every query meets every key, the masked ones too
         6 · T · H · K · V                                  fast weights: S is read at k, written, and read at q
+        4 · T · H · K · V                                  Mamba2's: S is written, and read at C
 
     The few parameters of norms and biases count as if they were matrices; activations, softmax, RoPE and the embedding
     are left out, and so is what a chunked kernel of the recurrence multiplies within its chunks.
@@ -257,12 +258,13 @@ def _slot_flops(slot: Slot, carried: Carried, tokens: int, keys: int) -> int:
     """FLOPs of `tokens` tokens in one slot; a slot that carries nothing is a norm, and left out."""
     if carried is None:
         return 0
-    config, module = slot.decoder.config, slot.module
+    config, decoder, module = slot.decoder.config, slot.decoder, slot.module
     passed = sum(
         p.numel() * config.num_experts_per_tok // len(p) if ".experts." in name else p.numel()
         for name, p in module.named_parameters()
     )
-    if not isinstance(slot, Attention):
-        return tokens * (2 * passed + 6 * carried[0].numel())
-    widths = carried[0].shape[-1] + carried[1].shape[-1]
-    return tokens * 2 * (passed + keys * config.num_attention_heads * widths)
+    if isinstance(carried, KV):
+        return 2 * tokens * passed + decoder.attention_flops(slot.index, tokens, keys, carried)
+    # Every block's recurrence is the gated delta rule.
+    recurrence = 6 if isinstance(slot, Block) else decoder.recurrence_flops
+    return tokens * (2 * passed + recurrence * carried.recurrent_state.numel())

@@ -7,8 +7,8 @@ from .modeling import SleepForCausalLM
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# Of hybrids, too: Qwen3-Next's linear layers have an in_proj_qkvz.
-PROJECTIONS = r"lm\..*_proj(_\w+)?"
+# Of hybrids, too: Qwen3-Next's linear layers have an in_proj_qkvz, Granite 4's MLPs an input_linear.
+PROJECTIONS = r"lm\..*_(proj(_\w+)?|linear)"
 
 
 def sleep_lora_config(model: SleepForCausalLM, r: int = 8, **fields: Any) -> "LoraConfig":

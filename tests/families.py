@@ -1,5 +1,6 @@
 """Tiny random members of every supported base family, and how the tests turn them into sleeping models."""
 
+import re
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -100,6 +101,44 @@ FAMILIES = {
     "glm4": ("glm4", {}),
     "gpt_oss": ("gpt_oss", _EXPERTS | {"sliding_window": 4, "layer_types": _MIXED}),
     "ministral": ("ministral", {"sliding_window": 4, "layer_types": _MIXED}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            "layer_types": _LINEAR["layer_types"],
+            "rms_norm_eps": 1e-3,
+            "mamba_n_heads": 4,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 8,
+            "time_step_limit": (0.05, 1.5),
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            "layer_types": _LINEAR["layer_types"],
+            "rms_norm_eps": 1e-3,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 3,
+            "num_key_value_heads": 4,
+            # The two that are cached, 28 + 4 numbers a token, are as many as 4 heads of 4 keys and 4 values.
+            "head_dim": 4,
+            "kv_lora_rank": 28,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 5,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
 }
 # Listed too; they differ from those above in their layers' insides, so that a few laws are enough.
 MORE_FAMILIES = {
@@ -125,7 +164,15 @@ MORE_FAMILIES = {
     "starcoder2": ("starcoder2", {"sliding_window": 4}),
 }
 EAGER = ("gemma2", "gpt_oss")  # sdpa has neither soft caps nor sinks of its own
-HYBRIDS = ("qwen3_next", "qwen3_5", "olmo_hybrid", "olmo_hybrid_nope", "jet_nemotron")
+HYBRIDS = (
+    "qwen3_next",
+    "qwen3_5",
+    "olmo_hybrid",
+    "olmo_hybrid_nope",
+    "jet_nemotron",
+    "granitemoehybrid",
+    "kimi_linear",
+)
 # Whose untrained retrofit is the base bit for bit: the recurrence of stock hybrids runs on our op instead.
 BITWISE = tuple(name for name in FAMILIES if name not in HYBRIDS or name == "jet_nemotron")
 
@@ -167,7 +214,7 @@ def randomize(module: nn.Module, seed: int) -> None:
             value = 0.4 * noise
         elif "embed_tokens" in name and not module.config.tie_word_embeddings:
             value = noise
-        elif "linear_attn" in name and leaf == "weight" and "out" not in name and "o_proj" not in name:
+        elif re.search(r"linear_attn\.(?!.*(out|o_proj)).*weight$|mamba\.in_proj", name):
             value = 0.14 * noise
         elif "kernel_generator" in name and leaf == "bias":
             value = parameter + 0.2 * noise

@@ -66,6 +66,68 @@ def run_jet_layer(layer, h, S, tail):
     return h + layer.mlp(layer.post_attention_layernorm(h)), state
 
 
+def run_mamba2_layer(layer, h, S, tail):
+    """One of Granite 4's own Mamba2 layers on h `[T, C]`; S `[H, N, P]` is the transpose of Mamba's `[H, P, N]`."""
+    m, outputs = layer.mamba, []
+    z, u, dt = m.in_proj(layer.input_layernorm(h)).split((m.intermediate_size, m.conv_dim, m.num_heads), -1)
+    u, tail = convolve(u, m.conv1d.weight.squeeze(1).expand(len(h), -1, -1), tail)
+    u, width = F.silu(u + m.conv1d.bias), m.n_groups * m.ssm_state_size
+    x, B, C = u.split((m.intermediate_size, width, width), -1)
+    group = torch.arange(m.num_heads) * m.n_groups // m.num_heads
+    x, B, C = (v.unflatten(-1, (heads, -1)) for v, heads in ((x, m.num_heads), (B, m.n_groups), (C, m.n_groups)))
+    dt = F.softplus(dt + m.dt_bias).clamp(*m.time_step_limit)
+    for t in range(len(h)):
+        S = S * (-dt[t] * m.A_log.exp()).exp()[:, None, None]
+        S = S + torch.einsum("h,hn,hp->hnp", dt[t], B[t, group], x[t])
+        outputs.append(torch.einsum("hnp,hn->hp", S, C[t, group]) + m.D[:, None] * x[t])
+    y = torch.stack(outputs).flatten(1) * F.silu(z)
+    # In groups, where this transformers does so.
+    y = y.unflatten(-1, (-1, getattr(m.norm, "group_size", m.intermediate_size)))
+    y = y / (y.square().mean(-1, keepdim=True) + m.norm.variance_epsilon).sqrt()
+    h = h + m.out_proj(y.flatten(1) * m.norm.weight) * layer.residual_multiplier
+    normed = layer.post_attention_layernorm(h)[None]
+    return h + (layer.shared_mlp(normed) + layer.block_sparse_moe(normed))[0] * layer.residual_multiplier, (S, tail)
+
+
+def run_kda_layer(layer, h, S, tail):
+    """One of Kimi Linear's own layers of Kimi Delta Attention on h `[T, C]`."""
+    m, x, outputs = layer.self_attn, layer.input_layernorm(h), []
+    qkv = torch.cat((m.q_proj(x), m.k_proj(x), m.v_proj(x)), -1)
+    qkv, tail = convolve(qkv, m.conv1d.weight.squeeze(1).expand(len(h), -1, -1), tail)
+    q, k, v = (z.unflatten(-1, (m.num_heads, m.head_dim)) for z in F.silu(qkv).chunk(3, -1))
+    q, k = (z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
+    f = m.forget_gate
+    step = F.softplus(f.f_b_proj(f.f_a_proj(x)) + f.dt_bias).view_as(q)
+    g, beta = -f.A_log.exp().view(-1, 1) * step, m.b_proj(x).sigmoid()
+    for t in range(len(h)):
+        S = S * g[t].exp()[:, :, None]
+        u = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
+        S = S + torch.einsum("hk,hv->hkv", k[t], u)
+        outputs.append(torch.einsum("hkv,hk->hv", S, q[t]) * m.head_dim**-0.5)
+    o = torch.stack(outputs)
+    o = o / (o.square().mean(-1, keepdim=True) + m.o_norm.variance_epsilon).sqrt() * m.o_norm.weight
+    o = o * m.g_b_proj(m.g_a_proj(x)).view_as(o).sigmoid()
+    h = h + m.o_proj(o.flatten(1))
+    return h + layer.mlp(layer.post_attention_layernorm(h)[None])[0], (S, tail)
+
+
+RUN_OWN_LAYER = {"jet_nemotron": run_jet_layer, "granitemoehybrid": run_mamba2_layer, "kimi_linear": run_kda_layer}
+
+
+def own_shapes(layer):
+    """Shapes of S and of the tail of one of the base's own recurrent layers."""
+    if hasattr(layer, "mamba"):
+        m = layer.mamba
+        return (m.num_heads, m.ssm_state_size, m.head_dim), (m.conv_dim, m.conv_kernel_size)
+    if hasattr(layer, "linear_attn"):
+        m = layer.linear_attn
+        return (m.num_v_heads, m.head_k_dim, m.head_v_dim), (m.conv_dim, m.conv_kernel_size)
+    m = layer.self_attn
+    if hasattr(m, "forget_gate"):
+        return (m.num_heads, m.head_dim, m.head_dim), (m.conv_dim, m.conv_kernel_size)
+    return (m.num_heads, m.head_dim, m.head_v_dim), (m.conv_dim, m.conv_size)
+
+
 def stock_delta_rule(query, key, value, g, beta, initial_state, **_):
     """`delta_rule` in the place of the one that the base's own linear layers call, for a single row."""
     groups = value.shape[2] // key.shape[2]
@@ -128,18 +190,16 @@ class Row:
         self.retained, self.next_position = [], 0  # position numbers of the retained keys; of the next token
         self.norm_every_pass = self.config.model_type == "ouro"
         like = {"dtype": self.decoder.embed_tokens.weight.dtype}
-        mixers = {f"blocks.{i}": block.mixer for i, block in self.blocks.items()}
-        for i, layer in enumerate(self.decoder.layers):
-            if self.types[i] == "linear_attention" and self.config.model_type == "jet_nemotron":
-                mixers[f"layers.{i}"] = layer.self_attn
-            elif self.types[i] == "linear_attention":
-                m = layer.linear_attn
-                shape = (m.num_v_heads, m.head_k_dim, m.head_v_dim)
-                tail = torch.zeros(m.conv_dim, m.conv_kernel_size, **like)
-                self.memory[f"layers.{i}"] = torch.zeros(shape, **like), tail
-        for key, m in mixers.items():
-            shape = (m.num_heads, m.head_dim, m.head_v_dim)
-            self.memory[key] = torch.zeros(shape, **like), torch.zeros(m.conv_dim, m.conv_size, **like)
+        self.run_own = RUN_OWN_LAYER.get(self.config.model_type)
+        shapes = {f"layers.{i}": own_shapes(self.decoder.layers[i]) for i in self.own_layers()}
+        for i, block in self.blocks.items():
+            m = block.mixer
+            shapes[f"blocks.{i}"] = (m.num_heads, m.head_dim, m.head_v_dim), (m.conv_dim, m.conv_size)
+        for key, (state, tail) in shapes.items():
+            self.memory[key] = torch.zeros(state, **like), torch.zeros(tail, **like)
+
+    def own_layers(self):
+        return [i for i, kind in enumerate(self.types) if kind == "linear_attention"]
 
     def read_window(self, ids, passes):
         """Read a window: its logits `[T, V]`. `passes` > 0: then sleep, the read being the first of them."""
@@ -168,8 +228,8 @@ class Row:
         """One pass of some layers over the window: S goes on from `memory`, conv tails from the window's `start`."""
         for i in layers:
             layer, key = self.decoder.layers[i], f"layers.{i}"
-            if key in self.memory and self.config.model_type == "jet_nemotron":
-                x, self.memory[key] = run_jet_layer(layer, h[0], self.memory[key][0], self.start[key][1])
+            if key in self.memory and self.run_own is not None:
+                x, self.memory[key] = self.run_own(layer, h[0], self.memory[key][0], self.start[key][1])
                 h = x[None]
             elif key in self.memory:
                 cache = LayerCache(S=self.memory[key][0], tail=self.start[key][1])
@@ -211,7 +271,7 @@ class Row:
 
     def rotary(self, i, h):
         """cos and sin of the window's positions, for layer i."""
-        rotary = self.decoder.rotary_emb
+        rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None:
             return None
         positions = torch.tensor([self.positions])
@@ -238,7 +298,7 @@ class Row:
 
     def rerotate(self, i, k, moves):
         """Turn keys `[1, H, J, D]` as if their tokens had stood `moves` positions further."""
-        rotary = self.decoder.rotary_emb
+        rotary = getattr(self.decoder, "rotary_emb", None)
         if rotary is None or not any(moves) or not self.rotated(i):
             return k
         per_type = f"{self.types[i]}_inv_freq"

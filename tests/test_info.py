@@ -14,6 +14,7 @@ from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, SleepLMConfig, o
 from hf_sleep.compat import CACHE
 from hf_sleep.engine import Span
 from hf_sleep.info import SleepInfo, SlotInfo, describe
+from hf_sleep.ops.kda import step_kda
 
 HARD = {"sleep_passes": 3, "num_sink_tokens": 2, "loop_layers": (1, 3)}
 SLIDING = {"sleep_passes": 4, "eviction": "sliding", "num_sink_tokens": 3, "loop_layers": (0, 2)}
@@ -96,6 +97,25 @@ def token_by_token(q, k, v, g, beta, state, lengths=None):
     return torch.cat(outputs, 1), state
 
 
+def mamba2_token_by_token(x, dt, A, B, C, D, state, lengths=None):
+    """Mamba2 as its formula has it, 4 K V FLOPs for every head and token."""
+    outputs, groups = [], x.shape[2] // B.shape[2]
+    B, C = (z.repeat_interleave(groups, dim=2).unsqueeze(-2) for z in (B, C))
+    for t in range(x.shape[1]):
+        state = state * (dt[:, t] * A).exp()[..., None, None] + B[:, t].mT @ (dt[:, t, :, None] * x[:, t]).unsqueeze(-2)
+        outputs.append((C[:, t] @ state).squeeze(-2) + D[:, None] * x[:, t])
+    return torch.stack(outputs, 1), state
+
+
+def kda_token_by_token(q, k, v, g, beta, state, lengths=None):
+    """Kimi Delta Attention as its formula has it, 6 K V FLOPs for every head and token."""
+    outputs = []
+    for t in range(q.shape[1]):
+        o, state = step_kda(*(x[:, t : t + 1] for x in (q, k, v, g, beta)), state)
+        outputs.append(o)
+    return torch.cat(outputs, 1), state
+
+
 def in_place_flops(shape, a, b, out_shape=None, **_) -> int:
     return 2 * a[0] * a[1] * a[2] * b[2]
 
@@ -131,6 +151,8 @@ def spent_by_a_stream(model, size: int) -> tuple[int, int, int]:
 def test_flops_are_the_matrix_products_of_a_model(family: str, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("bases.gated_delta_net", "layers.jet", "layers.gated_delta_net"):
         monkeypatch.setattr(f"hf_sleep.{module}.gated_delta_rule", token_by_token)
+    monkeypatch.setattr("hf_sleep.bases.mamba2.mamba2", mamba2_token_by_token)
+    monkeypatch.setattr("hf_sleep.bases.kimi_linear.kda", kda_token_by_token)
     sleep = sleep_config(family, **settings)
     model = make_model(family, sleep)
     info = describe(model.lm.config, sleep)
@@ -141,7 +163,7 @@ def test_flops_are_the_matrix_products_of_a_model(family: str, settings: dict, m
             p.numel()
             for i in slots
             for name, p in module_of(info, model, i).named_parameters()
-            if p.ndim < 2 or name.endswith("conv1d.weight")
+            if p.ndim < 2 or name.endswith(("conv1d.weight", "A_log"))
         )
 
     size = sleep.window_size

@@ -7,6 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
+from transformers.models.kimi_linear.modeling_kimi_linear import (
+    chunk_kimi_delta_attention,
+    recurrent_kimi_delta_attention,
+)
 
 from hf_sleep import ops
 from hf_sleep.ops.kda import chunk_kda, kda, naive_kda, step_kda
@@ -85,14 +89,13 @@ def test_one_decay_for_all_channels_is_the_gated_delta_rule(tokens):
     assert_same(actual, expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"])
+@pytest.mark.parametrize("stock", [chunk_kimi_delta_attention, recurrent_kimi_delta_attention])
 @pytest.mark.parametrize("tokens", [64, 100])
-def test_equals_transformers(tokens, name):
-    stock = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+def test_equals_transformers(tokens, stock):
     inputs = make_inputs(2, tokens, heads=3, key_dim=16, value_dim=24, dtype=torch.float32)
 
     def theirs(q, k, v, g, beta, state):
-        return getattr(stock, name)(
+        return stock(
             q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
         )
 

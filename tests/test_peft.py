@@ -252,9 +252,11 @@ def test_the_lora_config_trains_blocks_in_full_and_every_projection_of_the_base(
     assert blocks < in_full
     assert any("embed_tokens" in name for name in in_full)
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in learns if ".lora_" in name}
-    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= adapted
-    assert all("_proj" in name for name in adapted)
-    linear = [(name, p) for name, p in model.get_base_model().lm.named_modules() if name.endswith("linear_attn")]
+    mlp = {"input_linear", "output_linear"} if family == "granitemoehybrid" else {"gate_proj", "up_proj", "down_proj"}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} | mlp <= adapted
+    assert all("_proj" in name for name in adapted - mlp)
+    names = ("linear_attn", "mamba")
+    linear = [(name, p) for name, p in model.get_base_model().lm.named_modules() if name.endswith(names)]
     for name, mixer in linear:
         inputs = {child for child, module in mixer.named_modules() if "proj" in child and "." not in child}
         assert inputs <= adapted, name

@@ -3,7 +3,7 @@
 Importing this registers the adapters and, with transformers' Auto classes, the native models.
 """
 
-from . import gated_delta_net, rope, scales
+from . import gated_delta_net, kimi_linear, mamba2, rope, scales
 from .decoder import Decoder, Rope, adapter_of, decoder_for
 from .jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronModel, JetNemotronPreTrainedModel
 from .ouro import OuroConfig, OuroForCausalLM, OuroModel, OuroPreTrainedModel
@@ -24,6 +24,8 @@ __all__ = [
     "adapter_of",
     "decoder_for",
     "gated_delta_net",
+    "kimi_linear",
+    "mamba2",
     "rope",
     "scales",
 ]

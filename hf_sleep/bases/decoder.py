@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import CACHE
 from ..layers.recurrence import GATES
-from ..memory import FastWeights
+from ..memory import KV, FastWeights
 from ..placement import as_forward
 from ..registry import BASES, register_base
 
@@ -40,6 +40,9 @@ class Decoder:
 
     fp32_parameters: tuple[str, ...] = GATES
     """Last parts of the names of parameters that are kept fp32 at least, whatever the model's dtype."""
+
+    recurrence_flops = 6
+    """FLOPs of its own recurrence per token and number in the state: S is read at k, written, and read at q."""
 
     norm_every_pass = False
     """Whether the base's final norm closes every pass over its layers, and not the last alone."""
@@ -147,6 +150,16 @@ class Decoder:
 
         x, kv.pair = as_forward(layer, run, x, kv.pair)
         return x
+
+    def attention_flops(self, index: int, tokens: int, keys: int, kv: KV) -> int:
+        """FLOPs in which `tokens` queries of attention layer `index` meet `keys` keys, the masked ones too.
+
+        What a token spends in the layer's own matrices is counted elsewhere.
+
+        Args:
+            kv: what the layer caches of one token.
+        """
+        return 2 * tokens * keys * self.config.num_attention_heads * (kv.keys.shape[-1] + kv.values.shape[-1])
 
     # The base's own linear-recurrent layers.
 

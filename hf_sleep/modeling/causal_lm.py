@@ -331,7 +331,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
 
         asked = Asked.of(labels, layout, read, logits_to_keep, in_training=self.training)
         memory, reads = sleeper.read(memory, read.compact(x), read.counts, policy, asked.wanted, backprop_windows)
-        logits, loss = answer(asked, reads, sleeper.decoder, x, skip_head, self.gradient_checkpointing)
+        logits, loss = answer(asked, reads, sleeper.decoder, x, vocab_size, skip_head, self.gradient_checkpointing)
         if loss is not None and asked.targets is not None and labels is not None:
             loss = mean_loss(loss, asked.targets, labels, num_items_in_batch)
 

@@ -62,9 +62,8 @@ class Asked:
         if not in_training or logits_to_keep:
             return cls(read, layout.width, keep, targets, None, read.width, None)
         by_row = read.compact(targets).cpu()
-        return cls(
-            read, layout.width, keep, targets, by_row, read.width, None if in_step else _wanted_targets(read, by_row)
-        )
+        wanted = None if in_step else _wanted_targets(read, by_row)
+        return cls(read, layout.width, keep, targets, by_row, read.width, wanted)
 
 
 def _wanted_columns(layout: Layout, keep: int) -> list[list[bool]] | None:
@@ -86,7 +85,13 @@ def _wanted_targets(layout: Layout, targets: torch.Tensor) -> list[list[bool]]:
 
 
 def answer(
-    asked: Asked, reads: Sequence[Read], decoder: Decoder, x: torch.Tensor, skip_head: bool, is_checkpointing: bool
+    asked: Asked,
+    reads: Sequence[Read],
+    decoder: Decoder,
+    x: torch.Tensor,
+    vocab_size: int,
+    skip_head: bool,
+    is_checkpointing: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What was asked for.
 
@@ -95,6 +100,7 @@ def answer(
         reads: what was read.
         decoder: has the head.
         x: the embeddings that were read, `[B, T, C]`.
+        vocab_size: width of the logits.
         skip_head: return what the head takes instead of logits.
         is_checkpointing: make the logits of a loss again in the backward.
 
@@ -104,7 +110,7 @@ def answer(
     if asked.targets_by_row is not None:
         loss = loss_of_reads(decoder.logits, reads, asked.targets_by_row, is_checkpointing)
         return None, x.float().sum() * 0.0 if loss is None else loss  # all pads
-    size = x.shape[-1] if skip_head else decoder.config.vocab_size
+    size = x.shape[-1] if skip_head else vocab_size
     head = decoder.head_input if skip_head else decoder.logits
     logits = logits_of_reads(head, reads, asked.layout, asked.columns_needed, size, x)
     loss = None if asked.targets is None else summed_cross_entropy(logits, asked.targets)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _NORM_EPS, _check_lengths, _compute_dtype, _misfit, _no_autocast, _pad_mask, _zero_pads
+from .checks import check_lengths, compute_dtype, misfit, no_autocast, pad_mask, zero_pads
+from .chunked import NORM_EPS
 
 _CHUNK = 64
 
@@ -64,7 +65,7 @@ def naive_kda(
     """
     _check(q, k, v, g, beta, initial_state, lengths)
     out_dtype = v.dtype
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         q, k, v, g, beta, state = _prepared(q, k, v, g, beta, initial_state, lengths)
         outputs = []
         for t in range(q.shape[1]):
@@ -91,9 +92,9 @@ def step_kda(
     """
     _check(q, k, v, g, beta, initial_state, lengths)
     if q.shape[1] != 1:
-        raise _misfit("q", q, "[B, 1, H, K], because step_kda reads one token")
+        raise misfit("q", q, "[B, 1, H, K], because step_kda reads one token")
     out_dtype = v.dtype
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         q, k, v, g, beta, state = _prepared(q, k, v, g, beta, initial_state, lengths)
         # Each head's row vectors, `[B * H, 1, ...]`.
         q, k, v, g, beta = (z.reshape(state.shape[0] * state.shape[1], 1, -1) for z in (q, k, v, g, beta))
@@ -124,7 +125,7 @@ def chunk_kda(
     _check(q, k, v, g, beta, initial_state, lengths)
     tokens, key_dim, value_dim, out_dtype = q.shape[1], q.shape[3], v.shape[3], v.dtype
     size = min(_CHUNK, 1 << (tokens - 1).bit_length())
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         *inputs, beta, state = _prepared(q, k, v, g, beta, initial_state, lengths)
         q, k, v, g, beta = (_chunks(z, size) for z in (*inputs, beta[..., None]))
         kept, last = g.cumsum(-2).exp(), _sums_after(g).exp()
@@ -195,11 +196,11 @@ def _prepared(
     lengths: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """All inputs in the dtype that is computed in, q and k normalised, with zeros at pads: those change nothing."""
-    dtype, pad = _compute_dtype(q, k, v), _pad_mask(lengths, q.shape[1], q.device)
+    dtype, pad = compute_dtype(q, k, v), pad_mask(lengths, q.shape[1], q.device)
     if initial_state is None:
         initial_state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3], dtype=dtype)
-    q, k, v, g, beta = (_zero_pads(z, pad).to(dtype) for z in (q, k, v, g, beta))
-    q, k = (z * (z.square().sum(-1, keepdim=True) + _NORM_EPS).rsqrt() for z in (q, k))
+    q, k, v, g, beta = (zero_pads(z, pad).to(dtype) for z in (q, k, v, g, beta))
+    q, k = (z * (z.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for z in (q, k))
     return q * q.shape[-1] ** -0.5, k, v, g, beta, initial_state.to(dtype)
 
 
@@ -207,16 +208,16 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, lengths: Tensor | None
 ) -> None:
     if q.dim() != 4 or q.shape[1] < 1:
-        raise _misfit("q", q, "[B, T, H, K] with at least one token")
+        raise misfit("q", q, "[B, T, H, K] with at least one token")
     batch, tokens, heads, key_dim = q.shape
     for name, z in (("k", k), ("g", g)):
         if z.shape != q.shape:
-            raise _misfit(name, z, f"[B, T, H, K] like q, {list(q.shape)}")
+            raise misfit(name, z, f"[B, T, H, K] like q, {list(q.shape)}")
     if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise _misfit("v", v, f"[B, T, H, V] with [B, T, H] = {[batch, tokens, heads]}")
+        raise misfit("v", v, f"[B, T, H, V] with [B, T, H] = {[batch, tokens, heads]}")
     if beta.shape != q.shape[:3]:
-        raise _misfit("beta", beta, f"[B, T, H] = {[batch, tokens, heads]}")
+        raise misfit("beta", beta, f"[B, T, H] = {[batch, tokens, heads]}")
     state_shape = (batch, heads, key_dim, v.shape[3])
     if initial_state is not None and initial_state.shape != state_shape:
-        raise _misfit("initial_state", initial_state, f"[B, H, K, V] = {list(state_shape)}")
-    _check_lengths(lengths, batch)
+        raise misfit("initial_state", initial_state, f"[B, H, K, V] = {list(state_shape)}")
+    check_lengths(lengths, batch)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check_lengths, _compute_dtype, _misfit, _no_autocast, _pad_mask, _zero_pads
+from .checks import check_lengths, compute_dtype, misfit, no_autocast, pad_mask, zero_pads
 
 _CHUNK = 64
 
@@ -67,8 +67,8 @@ def naive_mamba2(
     Source: Dao & Gu 2024 (arXiv 2405.21060), §2.
     """
     _check(x, dt, A, B, C, D, initial_state, lengths)
-    out_dtype, pad, groups = x.dtype, _pad_mask(lengths, x.shape[1], x.device), x.shape[2] // B.shape[2]
-    with _no_autocast(x.device):
+    out_dtype, pad, groups = x.dtype, pad_mask(lengths, x.shape[1], x.device), x.shape[2] // B.shape[2]
+    with no_autocast(x.device):
         x, dt, A, B, C, D, state = _prepared(x, dt, A, B, C, D, initial_state, pad)
         B, C = (z.repeat_interleave(groups, dim=2) for z in (B, C))
         outputs = []
@@ -96,9 +96,9 @@ def step_mamba2(
     """
     _check(x, dt, A, B, C, D, initial_state, lengths)
     if x.shape[1] != 1:
-        raise _misfit("x", x, "[B, 1, H, V], because step_mamba2 reads one token")
-    out_dtype, pad = x.dtype, _pad_mask(lengths, 1, x.device)
-    with _no_autocast(x.device):
+        raise misfit("x", x, "[B, 1, H, V], because step_mamba2 reads one token")
+    out_dtype, pad = x.dtype, pad_mask(lengths, 1, x.device)
+    with no_autocast(x.device):
         x, dt, A, B, C, D, state = _prepared(x, dt, A, B, C, D, initial_state, pad)
         kept = (dt * A).exp().view(*dt.shape[::2], 1, 1)
         # Heads of a group stand beside each other, so that they share its key and its query: [B, G, K, H / G, V].
@@ -128,9 +128,9 @@ def chunk_mamba2(
     Source: Dao & Gu 2024 (arXiv 2405.21060), §6.
     """
     _check(x, dt, A, B, C, D, initial_state, lengths)
-    tokens, groups, out_dtype, pad = x.shape[1], B.shape[2], x.dtype, _pad_mask(lengths, x.shape[1], x.device)
+    tokens, groups, out_dtype, pad = x.shape[1], B.shape[2], x.dtype, pad_mask(lengths, x.shape[1], x.device)
     size = min(_CHUNK, tokens)
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         x, dt, A, B, C, D, state = _prepared(x, dt, A, B, C, D, initial_state, pad)
         keys, queries, values, g = (_chunks(z, size) for z in (B, C, dt[..., None] * x, (dt * A)[..., None]))
         # [B, chunks, G, c, K], and with the H / G heads of a group [B, chunks, G, H / G, c, ...].
@@ -159,10 +159,10 @@ def _prepared(
     pad: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """All inputs in the dtype that is computed in, with zeros at pads: those decay by exp(0), write 0 and read 0."""
-    dtype = _compute_dtype(x, dt, B, C)
+    dtype = compute_dtype(x, dt, B, C)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3], dtype=dtype)
-    x, dt, B, C = (_zero_pads(z, pad).to(dtype) for z in (x, dt, B, C))
+    x, dt, B, C = (zero_pads(z, pad).to(dtype) for z in (x, dt, B, C))
     return x, dt, A.to(dtype), B, C, D.to(dtype), initial_state.to(dtype)
 
 
@@ -192,18 +192,18 @@ def _check(
     lengths: Tensor | None,
 ) -> None:
     if x.dim() != 4 or x.shape[1] < 1:
-        raise _misfit("x", x, "[B, T, H, V] with at least one token")
+        raise misfit("x", x, "[B, T, H, V] with at least one token")
     batch, tokens, heads, width = x.shape
     if dt.shape != x.shape[:3]:
-        raise _misfit("dt", dt, f"[B, T, H] = {[batch, tokens, heads]}")
+        raise misfit("dt", dt, f"[B, T, H] = {[batch, tokens, heads]}")
     if B.dim() != 4 or B.shape[:2] != x.shape[:2] or B.shape[2] < 1 or heads % B.shape[2]:
-        raise _misfit("B", B, f"[B, T, G, K] with [B, T] = {[batch, tokens]} and G a divisor of H = {heads}")
+        raise misfit("B", B, f"[B, T, G, K] with [B, T] = {[batch, tokens]} and G a divisor of H = {heads}")
     if C.shape != B.shape:
-        raise _misfit("C", C, f"[B, T, G, K] like B, {list(B.shape)}")
+        raise misfit("C", C, f"[B, T, G, K] like B, {list(B.shape)}")
     for name, z in (("A", A), ("D", D)):
         if z.shape != (heads,):
-            raise _misfit(name, z, f"[H] = {[heads]}")
+            raise misfit(name, z, f"[H] = {[heads]}")
     state_shape = (batch, heads, B.shape[3], width)
     if initial_state is not None and initial_state.shape != state_shape:
-        raise _misfit("initial_state", initial_state, f"[B, H, K, V] = {list(state_shape)}")
-    _check_lengths(lengths, batch)
+        raise misfit("initial_state", initial_state, f"[B, H, K, V] = {list(state_shape)}")
+    check_lengths(lengths, batch)
