@@ -27,8 +27,9 @@ from transformers.utils import cached_file
 
 from hf_sleep import AutoModelForSleepLM, SleepLMConfig
 from hf_sleep.data import Depo, GSMInfinite, KHop, Rule110
-from hf_sleep.data.task import IGNORED, Row, Task
+from hf_sleep.data.task import Row, Task
 from hf_sleep.files import write_file
+from hf_sleep.labels import IGNORED
 from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
 from hf_sleep.training.trainer import TASK_FILE
 

@@ -4,7 +4,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from .task import IGNORED, SPLITS, Row, Task
+from ..labels import IGNORED
+from .task import SPLITS, Row, Task
 
 PAD, HOP, ANSWER, SEPARATOR, BOS = 0, 9000, 9500, 9700, 9999
 

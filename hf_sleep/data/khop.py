@@ -4,7 +4,8 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from .task import IGNORED, SPLITS, Row, Task
+from ..labels import IGNORED
+from .task import SPLITS, Row, Task
 
 HELD_OUT = 8
 

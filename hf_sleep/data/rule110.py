@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .task import IGNORED, Row, Task
+from ..labels import IGNORED
+from .task import Row, Task
 
 QUERY = 2
 BOUNDARIES = ("ring", "zero")

@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from ..labels import IGNORED
+
 SPLITS = ("train", "test")
-IGNORED = -100
 BLOCK = 256
 
 Row = dict[str, Any]
