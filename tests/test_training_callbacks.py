@@ -25,8 +25,8 @@ from hf_sleep.training import (
     SleepTrainer,
     SleepTrainingArguments,
 )
-from hf_sleep.training import callbacks as callbacks_module
-from hf_sleep.training.callbacks import gates
+from hf_sleep.training import parameters as parameters_module
+from hf_sleep.training.monitor import gates
 
 TASK = Rule110(width=6, steps=1, num_strings=2)
 QUIET = {
@@ -313,7 +313,7 @@ def test_several_ranks_and_precisions_that_cannot_work_are_refused(tmp_path, mon
             HardEvictionWarmup(1).on_train_begin(ranks, None, None, model=model)
     with pytest.raises(ValueError, match=r"epochs=1.5 with ignore_data_skip=True: .* Give the stage in steps"):
         trainer_of(tmp_path, callbacks=[HardEvictionWarmup(epochs=1.5)], ignore_data_skip=True).train()
-    monkeypatch.setattr(callbacks_module, "DTensor", torch.nn.Parameter)
+    monkeypatch.setattr(parameters_module, "DTensor", torch.nn.Parameter)
     trainer = trainer_of(tmp_path)
     for callback in (HardEvictionWarmup(1), NonFiniteGuard(), SleepMonitor(trainer)):
         with pytest.raises(ValueError, match=f"{type(callback).__name__} does not work on sharded parameters"):

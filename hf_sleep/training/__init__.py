@@ -1,18 +1,16 @@
 """Training: an optimizer, a Trainer, callbacks and a collator; the plain `Trainer` works too."""
 
-from .callbacks import (
-    HardEvictionWarmup,
-    NonFiniteGuard,
-    SleepMonitor,
-    SleepPassesSchedule,
-    freeze_all_but_fast_weights,
-)
 from .collator import SleepCollator
 from .evaluation import GenerationEvaluation
+from .guard import NonFiniteGuard
+from .monitor import SleepMonitor
 from .optimizer import MuonAdamW, parameter_groups
+from .parameters import freeze_all_but_fast_weights
+from .schedules import DuringStep, HardEvictionWarmup, SleepPassesSchedule
 from .trainer import SleepTrainer, SleepTrainingArguments
 
 __all__ = [
+    "DuringStep",
     "GenerationEvaluation",
     "HardEvictionWarmup",
     "MuonAdamW",

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from ..labels import IGNORED
 from ..packing import refuse_packed
 
-IGNORED = -100
 PADDING_SIDES = ("left", "right")
 
 
@@ -20,8 +20,8 @@ class SleepCollator:
     padding changes a row's windows, loss or answers, nor does the token that pads are filled with.
 
     Rows have `input_ids`, and may have `labels` and an `attention_mask`; other columns (`difficulty`, `answer`) are
-    dropped. Labels that nothing predicts, at pads and at a row's first token, become -100: the Trainer divides the loss
-    by the number of labels, so they would count.
+    dropped. Labels that nothing predicts, at pads and at a row's first token, become `IGNORED`: the Trainer divides the
+    loss by the number of labels, so they would count.
 
     Args:
         padding_side: `"left"` or `"right"`.
@@ -49,7 +49,9 @@ class SleepCollator:
         for row in rows:
             refuse_packed(row)
         if len({"labels" in row for row in rows}) > 1:
-            raise ValueError("some rows of the batch have labels and some have none: label all, with -100 for no loss")
+            raise ValueError(
+                f"some rows of the batch have labels and some have none: label all, with {IGNORED} for no loss"
+            )
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
@@ -69,7 +71,7 @@ class SleepCollator:
 
 
 def without_unpredicted(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose labels that nothing predicts, at pads and at a row's first token, are -100: none is to count."""
+    """A batch in which labels that nothing predicts, at pads and at a row's first token, are `IGNORED`."""
     if "labels" not in batch or batch.get("attention_mask") is None:
         return dict(batch)
     real = batch["attention_mask"] != 0

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import EvalPrediction, GenerationConfig, Trainer, TrainerCallback
 
 from ..data import Task
-from .collator import IGNORED, SleepCollator
+from ..labels import IGNORED
+from .collator import SleepCollator
 
 
 def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPrediction) -> dict[str, float]:
@@ -16,7 +17,7 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
     Args:
         rows: what was evaluated, in that order; their labels may be padded on either side in `predictions`.
         task: judges them. `None`: all labels of a row are one answer, of the row's `difficulty`.
-        predictions: predicted ids and labels, `[rows, T]`, -100 where there are none.
+        predictions: predicted ids and labels, `[rows, T]`, `IGNORED` where there are none.
 
     Returns:
         `accuracy_{difficulty}`, their mean `accuracy`, and with `task` the same of `chance`.
@@ -133,8 +134,8 @@ def prompt_and_answer(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         return list(row["prompt_ids"]), answer
     if not answer or not labelled[0] or list(row["input_ids"][labelled[0] : labelled[-1] + 1]) != answer:
         raise ValueError(
-            "GenerationEvaluation: a row's labels must be one answer, token after token as in its input_ids, behind a "
-            "prompt; where they are not, teacher-forced accuracy (SleepTrainer.evaluate) can judge it"
+            "GenerationEvaluation: a row's labels must be one answer, token after token as in its input_ids, "
+            "after a prompt; where they are not, teacher-forced accuracy (SleepTrainer.evaluate) can judge it"
         )
     prompt = row["input_ids"][: labelled[0]]
     mask = row.get("attention_mask", [1] * len(prompt))

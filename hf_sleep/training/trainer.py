@@ -18,7 +18,6 @@ from transformers import (
     ProgressCallback,
     SchedulerType,
     Trainer,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,12 +27,15 @@ from ..compat import CHECKPOINTING
 from ..data import Task
 from ..files import write_file
 from ..hub import write_model_card, write_remote_code
+from ..labels import IGNORED
 from ..modeling import SleepForCausalLM
 from ..packing import refuse_packed
-from .callbacks import DuringStep, SleepRecord, TokensPerSecond, sleep_settings
-from .collator import IGNORED, SleepCollator, without_unpredicted
+from .collator import SleepCollator, without_unpredicted
 from .evaluation import accuracy_by_difficulty
 from .optimizer import MuonAdamW, check_signature, parameter_groups
+from .progress import TokensPerSecond
+from .records import SleepRecord, check_same_run
+from .schedules import DuringStep
 
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 DECAY_SHARE = 0.1
@@ -258,31 +260,13 @@ class SleepTrainer(Trainer):
         if bool((self.data_collator(rows)["labels"] == IGNORED).all()):
             raise ValueError(
                 f"train_dataset: none of the first {len(rows)} rows has a label to train on. Labels are those of "
-                "input_ids at the same place, -100 for no loss; the first token of a row cannot be predicted"
+                f"input_ids at the same place, {IGNORED} for no loss; the first token of a row cannot be predicted"
             )
 
     def _check_checkpoint(self, folder: Path) -> None:
         """Whether this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
-        config, state, optimizer = (folder / name for name in ("config.json", "trainer_state.json", "optimizer.pt"))
-        written = TrainerState.load_from_json(str(state)).stateful_callbacks if state.is_file() else {}
-        saved = json.loads(config.read_text(encoding="utf-8")).get("sleep", {}) if config.is_file() else {}
-        if "SleepRecord" in written:  # an adapter's checkpoint has no config.json
-            saved |= written["SleepRecord"]["attributes"]["sleep"]
-        for name, value in sleep_settings(self.model).items():
-            if saved.get(name, value) != value:
-                raise ValueError(
-                    f"{folder} was trained with sleep.{name}={saved[name]!r}, this model has {value!r}: build the "
-                    "model as that run did, or start a new run from the checkpoint's weights"
-                )
-        if written:
-            names = {kind.__name__ for kind in DuringStep.__subclasses__()}
-            theirs = {name: written[name]["args"] for name in names & written.keys()}
-            ours = {type(callback).__name__: callback.state()["args"] for callback in self._during_step()}
-            if theirs != ours:
-                raise ValueError(
-                    f"{folder} was trained with {theirs or 'no schedule'}, this run has {ours or 'none'}: pass the "
-                    "same callbacks to go on, or start a new run from the checkpoint's weights"
-                )
+        check_same_run(folder, self.model, self._during_step())
+        optimizer = folder / "optimizer.pt"
         if optimizer.is_file() and self._optimizer_is_ours():
             groups = parameter_groups(self.model, self.args.muon_learning_rate is not None)
             ours_signature = [(kind, name, tuple(p.shape)) for kind, named in groups.items() for name, p in named]

@@ -1,0 +1,182 @@
+"""Measures the memory of a model in training: losses by window, time asleep, fast weights, gates and gradients."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..cache import SleepCache
+from ..labels import IGNORED, next_labels
+from ..ops import gate_hook
+from ..sleep import SleepEvent
+from .evaluation import check_trainer
+from .parameters import refuse_sharded
+
+
+class SleepMonitor(TrainerCallback):
+    """Logs how the memory is doing, measured on a few rows of the last training batch.
+
+    The rows are read once, without gradients, a window to a call, with the config's N and eviction. As in training, a
+    row sleeps when its next token comes, so none sleeps on its last window.
+
+    - `loss_window_1`, `loss_window_2`, ...: mean loss of the targets that the tokens of each row's first, second, ...
+      window predict;
+    - `sleep_seconds`: spent in passes 2 to N and eviction, where rows that sleep together count once; `sleep_share`: of
+      the whole read (forward only);
+    - `fast_weight_norm`: Frobenius norm of a head's state after a row's last token; `fast_weight_rank`: its effective
+      rank, exp of the entropy of its normalised singular values; means over rows, layers and heads;
+    - `mean_decay`, `mean_beta`: α and β over all tokens and passes, of all layers with fast weights.
+
+    And of the last training step, on this process:
+
+    - `gradient_norm_pass_1`, ..., `gradient_norm_pass_N`: of the loss, with respect to the fast weights that the
+      n-th pass left in the looped layers, over all windows that slept (the ordinary read is pass 1).
+
+    Args:
+        trainer: whose `log` reports it.
+        every: measure at every so many of the Trainer's logging steps.
+        rows: of the batch, at most.
+
+    Raises:
+        TypeError: without a trainer.
+
+    Source: effective rank, Roy & Vetterli 2007; α and β, Lee et al. 2026 (arXiv 2605.26099), §2.
+    """
+
+    def __init__(self, trainer: Trainer | None = None, every: int = 10, rows: int = 4):
+        self.trainer, self.every, self.rows = check_trainer(self, trainer), every, rows
+        self._logs = 0
+        self._batch: dict[str, Any] = {}
+        self._norms: dict[int, list[torch.Tensor]] = {}
+        self._handles: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        refuse_sharded(model, "SleepMonitor", "Leave it out")
+        self.on_train_end(args, state, control)
+        self._handles = [model.register_forward_pre_hook(self._keep_batch, with_kwargs=True)]
+        self._handles.append(model.register_pass_hook(self._watch))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._norms.clear()
+
+    def _watch(self, number: int, states: list[torch.Tensor]) -> None:
+        norms = self._norms.setdefault(number, [])  # a hook that held a state would keep it, and its graph, forever
+
+        def add(gradient: torch.Tensor) -> None:
+            # Small gradients have no squares in float32, and Apple's GPUs no float64.
+            largest = gradient.abs().amax()
+            norms.append((gradient / largest.clamp(min=torch.finfo(largest.dtype).tiny)).norm() * largest)
+
+        for state in states:
+            if state.requires_grad:
+                state.register_hook(add)
+
+    def _keep_batch(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        if module.training:
+            self._batch = {name: named.get(name) for name in ("input_ids", "attention_mask", "labels")}
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        self._logs += 1
+        if self._logs % self.every == 0:
+            gradients = {
+                f"gradient_norm_pass_{n}": torch.stack([norm.cpu() for norm in norms]).double().norm().item()
+                for n, norms in sorted(self._norms.items())
+                if norms
+            }
+            with self.trainer.accelerator.autocast():
+                self.trainer.log(self.measure(model) | gradients)
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> dict[str, float]:
+        """Measure `model` on the rows that were kept; leaves its mode as it was."""
+        was_training = model.training
+        model.eval()
+        try:
+            with gates() as sums:
+                metrics, cache = self._read(model)
+        finally:
+            model.train(was_training)
+        norms, ranks = norms_and_ranks(fast_weights(cache))
+        metrics |= {"fast_weight_norm": norms.mean().item(), "fast_weight_rank": ranks.mean().item()}
+        return metrics | {name: total / count for name, (total, count) in sums.items()}
+
+    def _read(self, model: Any) -> tuple[dict[str, float], SleepCache]:
+        """Losses by window and seconds, and what was remembered."""
+        ids, targets, real = self._left_aligned()
+        size, cache, metrics = model.config.sleep.window_size, SleepCache(), {}
+        asleep, began = 0.0, _now(ids.device)
+        for number, start in enumerate(range(0, ids.shape[1], size)):
+            window = slice(start, start + size)
+            sleeps: list[SleepEvent] = []
+            with model.on_sleep(sleeps.append):
+                output = model(input_ids=ids[:, window], attention_mask=real[:, window].long(), cache=cache)
+            # All that sleep in this call do it before its first token, and so together.
+            asleep += max((event.seconds for event in sleeps), default=0.0)
+            if bool((targets[:, window] != IGNORED).any()):
+                logits = output.logits.float().flatten(0, 1)
+                loss = F.cross_entropy(logits, targets[:, window].flatten(), ignore_index=IGNORED)
+                metrics[f"loss_window_{number + 1}"] = loss.item()
+        return metrics | {"sleep_seconds": asleep, "sleep_share": asleep / (_now(ids.device) - began)}, cache
+
+    def _left_aligned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, targets and whether a column is a token, `[B, T]`, with each row's tokens first: windows are columns."""
+        ids, labels = self._batch["input_ids"][: self.rows], self._batch["labels"][: self.rows]
+        mask = self._batch["attention_mask"]
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[: self.rows] != 0
+        order = real.long().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(1).max())]
+        ids, labels, real = (t.gather(1, order) for t in (ids, labels, real))
+        return ids, next_labels(labels, real), real
+
+
+def fast_weights(cache: SleepCache) -> list[torch.Tensor]:
+    """Per layer that has them, the fast weights `[B, H, K, V]` that a cache holds."""
+    layers: Any = cache.memory.carried
+    return [layers[slot][0] for slot in sorted(cache.fast_slots)]
+
+
+def norms_and_ranks(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frobenius norm and effective rank of every head's state, over rows and layers; in float64, on the CPU.
+
+    Source: effective rank, Roy & Vetterli 2007.
+    """
+    matrices = [state.flatten(0, 1).cpu().double() for state in states]
+    spectra = [torch.linalg.svdvals(state) for state in matrices]
+    shares = [s / s.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny) for s in spectra]
+    ranks = torch.cat([torch.special.entr(share).sum(-1).exp() for share in shares])
+    return torch.cat([state.norm(dim=(-2, -1)) for state in matrices]), ranks
+
+
+@contextmanager
+def gates() -> Iterator[dict[str, list[float]]]:
+    """Adds up α and β of all real tokens while it is open: sum and count of each."""
+    sums: dict[str, list[float]] = {}
+
+    def look(g: torch.Tensor, beta: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        real = torch.ones(g.shape[:2], dtype=torch.bool, device=g.device)
+        if lengths is not None:
+            real = torch.arange(g.shape[1], device=g.device) < lengths.unsqueeze(1)
+        for name, gate in (("mean_decay", g.exp()), ("mean_beta", beta)):
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += gate[real].sum().item()
+            total[1] += gate[real].numel()
+
+    with gate_hook(look):
+        yield sums
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done all it was asked."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
