@@ -513,6 +513,25 @@ def test_the_monitor_knows_every_kind_of_fast_weight(family, tmp_path):
     assert measured["fast_weight_rank"] > 1
 
 
+def test_the_monitor_reads_its_rows_once_and_as_the_model_does(tmp_path):
+    """Rows of different lengths: none sleeps on its last window, and all the others are slept on."""
+    model, batch = tiny(sleep_passes=3), SleepCollator("left")([{"input_ids": tokens(n, n).tolist()} for n in (20, 8)])
+    batch["labels"] = batch["input_ids"]
+    monitor, slept = SleepMonitor(trainer_of(tmp_path, model)), []
+    monitor._keep_batch(model.train(), (), batch)
+    model.on_sleep(lambda event: slept.append((event.row, event.tokens)))
+    with gates() as measured:
+        metrics = monitor.measure(model)
+    assert sorted(slept) == [(0, 6), (0, 12), (0, 18), (1, 6)]
+    slept.clear()
+    with gates() as read, torch.no_grad():
+        model.eval()(**batch)
+    assert len(slept) == 4
+    for name, (total, count) in read.items():
+        assert measured[name] == [pytest.approx(total, rel=1e-5), count]
+        assert metrics[name] == pytest.approx(total / count, rel=1e-5)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_monitor_sleeps_as_training_does(bf16, tmp_path):
     model, seen = tiny(sleep_passes=3), []
