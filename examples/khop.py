@@ -119,7 +119,7 @@ def main() -> None:
 
 def plot(folder: Path, scores: dict[int, dict[int, float]]) -> Path:
     sys.path.insert(0, str(RECIPES))
-    from run_folder import RunFolder
+    from shared.run_folder import RunFolder
 
     run = RunFolder(folder / "plot", {"scores": json.loads(json.dumps(scores))})
     lines = {f"N = {n}": {k: [score] for k, score in by_k.items()} for n, by_k in scores.items()}

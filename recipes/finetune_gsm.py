@@ -7,7 +7,7 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/finetune_gsm
 The question comes first, there is no chain of thought, and the loss is on the answer alone. By default only the new
 blocks are trained, at learning rates that are too high for a whole model. Answers are generated before and after,
 also from the last window alone: what is above that and above chance (the commonest answer) was remembered. With
---minutes a run can be done in parts: the same command with --resume goes on. Writes config.json, metrics.jsonl,
+--minutes a run can be done in parts: the same command with --resume continues it. Writes config.json, metrics.jsonl,
 results.json, accuracy.png and the model.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), the GSM-Infinite experiment, for the presets. Steps, and how they are
@@ -15,16 +15,16 @@ shared out between a sliding preset's stages (the paper counts epochs), are ours
 preset's batch is 256 rows on one process: divide --gradient-accumulation-steps by the number of processes.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from evaluate import by_difficulty, generation_rows, generation_scores, plot, table
-from from_scratch import parse
-from run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
+from shared.arguments import InParts, argument, parse, require_pair
+from shared.run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
+from shared.scores import by_difficulty, generation_rows, generation_scores, plot, table
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig, default_dtype
@@ -89,44 +89,54 @@ SLEEP_FIELDS = (
 )
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
-    add("--preset", choices=PRESETS, default="small", help="settings that stand where none is given")
-    add("--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder, of a base or of a model that sleeps")
-    add("--window-size", type=int, help="L, in tokens (default: 64, or as the checkpoint was trained)")
-    add("--sleep-passes", type=int, help="N (default: 2, or as the checkpoint was trained)")
-    add("--eviction", choices=("hard", "sliding"), help="(default: hard, or as the checkpoint was trained)")
-    add("--num-sink-tokens", type=int, help="first tokens that are never evicted (default: 0, or the checkpoint's)")
-    add("--loop-layers", type=int, nargs=2, help="layers a to b - 1 run N times (default: the base's)")
-    add("--num-blocks", type=int, help="new blocks, evenly spaced (default: one per four layers; none in a hybrid)")
-    add("--block-num-heads", type=int, help="of a new block (default: a third of the width)")
-    add("--block-head-dim", type=int, help="of a new block (default: the base's)")
-    add("--ops", type=int, nargs=2, default=[1, 4], help="fewest and most operations (default: 1 4)")
-    add("--tokens", type=int, nargs=2, default=[0, 0], help="of a prompt, with distractors; 0 0: none (default)")
-    add("--steps", type=int, default=60)
-    add("--batch-size", type=int, default=8, help="rows a process reads at once (default: %(default)s)")
-    add("--gradient-accumulation-steps", type=int, default=1)
-    add("--muon-learning-rate", type=float, default=1e-2, help="of the matrices; 0: AdamW for everything")
-    add("--learning-rate", type=float, default=1e-3, help="of AdamW, for all that Muon does not take")
-    add("--hard-warmup-steps", type=int, default=0, help="first steps: hard eviction, fast weights alone")
-    add("--whole-model", **switch, default=False, help="train the base too, not just the fast weights")
-    add("--checkpointing", **switch, default=False, help="recompute passes in the backward, to save memory")
-    native = default_dtype() == torch.bfloat16
-    add("--bf16", **switch, default=native, help="compute in bfloat16, by autocast (default: where the machine has it)")
-    add("--eval-passes", type=int, nargs="+", help="each N to generate with (default: --sleep-passes)")
-    add("--eval-problems", type=int, default=160, help="test problems (default: %(default)s)")
-    add("--save-steps", type=int, default=0, help="steps between checkpoints; 0: none (default)")
-    add("--minutes", type=float, help="save and stop when the process is so old (default: never)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
-    add("--report-to", nargs="+", default=["none"], help="as in transformers: tensorboard, wandb, ...")
-    add("--push-to-hub", metavar="REPOSITORY", help="push the trained model there")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("runs/finetune_gsm"))
-    return parse(parser, PRESETS, arguments)
+@dataclass
+class Arguments(InParts):
+    preset: str = argument("small", "settings that stand where none is given", choices=tuple(PRESETS))
+    model: str = argument(".demo/SmolLM2-135M-Instruct", "Hub id or folder, of a base or of a model that sleeps")
+    window_size: int | None = argument(None, "L, in tokens; None: 64, or as the checkpoint was trained")
+    sleep_passes: int | None = argument(None, "N; None: 2, or as the checkpoint was trained")
+    eviction: str | None = argument(
+        None, "what becomes of the KV; None: hard, or as the checkpoint was trained", choices=("hard", "sliding")
+    )
+    num_sink_tokens: int | None = argument(
+        None, "first tokens that are never evicted; None: 0, or as the checkpoint was trained"
+    )
+    loop_layers: list[int] | None = argument(None, "a b: layers a to b - 1 run N times; None: the base's")
+    num_blocks: int | None = argument(
+        None, "new blocks, evenly spaced; None: one per four layers, and none in a hybrid"
+    )
+    block_num_heads: int | None = argument(None, "of a new block; None: a third of the width")
+    block_head_dim: int | None = argument(None, "of a new block; None: the base's")
+    ops: list[int] = argument([1, 4], "fewest and most operations")
+    tokens: list[int] = argument([0, 0], "fewest and most of a prompt, with distractors; 0 0: none")
+    steps: int = argument(60, "optimizer steps")
+    batch_size: int = argument(8, "rows that a process reads at once")
+    gradient_accumulation_steps: int = argument(1, "batches per optimizer step")
+    muon_learning_rate: float = argument(1e-2, "of the matrices; 0: AdamW for everything")
+    learning_rate: float = argument(1e-3, "of AdamW, for all that Muon does not take")
+    hard_warmup_steps: int = argument(0, "first steps: hard eviction, fast weights alone")
+    whole_model: bool = argument(False, "train the base too, not just the fast weights")
+    checkpointing: bool = argument(False, "recompute passes in the backward, to save memory")
+    bf16: bool = argument(False, "compute in bfloat16, by autocast; by default where the machine has it")
+    eval_passes: list[int] | None = argument(None, "each N to generate with; None: --sleep-passes")
+    eval_problems: int = argument(160, "test problems")
+    save_steps: int = argument(0, "steps between checkpoints; 0: none")
+    report_to: list[str] = argument(["none"], "as in transformers: tensorboard, wandb, ...")
+    push_to_hub: str | None = argument(None, "push the trained model there", metavar="REPOSITORY")
+    seed: int = argument(0, "of new blocks, training rows and their order")
+    output: Path = argument(Path("runs/finetune_gsm"), "a folder")
+
+    def __post_init__(self) -> None:
+        for name in ("loop_layers", "ops", "tokens"):
+            require_pair(name.replace("_", "-"), getattr(self, name))
 
 
-def complete(options: argparse.Namespace) -> None:
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    native = {"bf16": default_dtype() == torch.bfloat16}
+    return parse(Arguments, __doc__, arguments, {name: native | preset for name, preset in PRESETS.items()})
+
+
+def complete(options: Arguments) -> None:
     """Fill in how to sleep where nothing was said: as the checkpoint does; a base, as small as fits a CPU."""
     config = AutoConfig.from_pretrained(options.model)
     small = {"window_size": 64, "sleep_passes": 2, "eviction": "hard", "num_sink_tokens": 0}
@@ -144,7 +154,7 @@ class Generation(GenerationEvaluation):
             super().on_evaluate(*args, **kwargs)
 
 
-def load(options: argparse.Namespace) -> SleepForCausalLM:
+def load(options: Arguments) -> SleepForCausalLM:
     sleep = {name: getattr(options, name) for name in SLEEP_FIELDS if getattr(options, name) is not None}
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
     if model.config.base_model_name_or_path == options.model:
@@ -155,7 +165,7 @@ def load(options: argparse.Namespace) -> SleepForCausalLM:
     return model
 
 
-def training_arguments(options: argparse.Namespace, folder: Path, eval_on_start: bool) -> SleepTrainingArguments:
+def training_arguments(options: Arguments, folder: Path, eval_on_start: bool) -> SleepTrainingArguments:
     return SleepTrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
@@ -186,9 +196,9 @@ def training_arguments(options: argparse.Namespace, folder: Path, eval_on_start:
 
 
 def make_trainer(
-    options: argparse.Namespace, run: RunFolder, task: GSMInfinite, rows: Dataset, done: int, budget: TimeBudget
+    options: Arguments, run: RunFolder, task: GSMInfinite, rows: Dataset, done: int, budget: TimeBudget
 ) -> SleepTrainer:
-    """The trainer with all of its callbacks, for a run of which `done` steps are behind it."""
+    """The trainer with all of its callbacks, for a run that has done `done` steps."""
     arguments = training_arguments(options, run.path / "model", eval_on_start=done == 0)
     size = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
     trainer = SleepTrainer(

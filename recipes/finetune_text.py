@@ -8,36 +8,34 @@ Next-token loss on every window; a sample is several windows long, and all but t
 a few minutes on two CPU cores and are a start, not a result: they are far too few steps to teach a model to remember.
 """
 
-import argparse
 import math
 import pydoc_data.topics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from shared.arguments import argument, parse
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
 from hf_sleep.training import freeze_all_but_fast_weights
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder (default: %(default)s)"
-    )
-    parser.add_argument("--text", type=Path, help="text file (default: Python's language reference, from pydoc)")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--window-size", type=int, default=128, help="tokens (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=4, help="windows per sample (default: %(default)s)")
-    parser.add_argument("--sleep-passes", type=int, default=2)
-    parser.add_argument("--eviction", choices=("hard", "sliding"), default="hard")
-    parser.add_argument("--whole-model", action="store_true", help="train the base too, not just the new blocks")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute passes in the backward, to save memory")
-    parser.add_argument("--output", type=Path, default=Path("runs/finetune_text"))
-    return parser.parse_args(arguments)
+@dataclass
+class Arguments:
+    model: str = argument(".demo/SmolLM2-135M-Instruct", "Hub id or folder")
+    text: Path | None = argument(None, "text file; None: Python's language reference, from pydoc")
+    steps: int = argument(20, "optimizer steps")
+    batch_size: int = argument(2, "samples that a process reads at once")
+    learning_rate: float = argument(1e-3, "of AdamW")
+    window_size: int = argument(128, "L, in tokens")
+    windows: int = argument(4, "windows per sample")
+    sleep_passes: int = argument(2, "N")
+    eviction: str = argument("hard", "what becomes of the KV", choices=("hard", "sliding"))
+    whole_model: bool = argument(False, "train the base too, not just the new blocks")
+    checkpointing: bool = argument(False, "recompute passes in the backward, to save memory")
+    output: Path = argument(Path("runs/finetune_text"), "a folder")
 
 
 def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
@@ -54,7 +52,7 @@ def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    options = parse(Arguments, __doc__, arguments)
     set_seed(0)
     model: SleepForCausalLM = AutoModelForSleepLM.from_pretrained(
         options.model,

@@ -10,9 +10,11 @@ Source: Allen-Zhu, Physics of Language Models 4.1; Lee et al. 2026 (arXiv 2605.2
 in its text (four in a caption), batch 128, 100,000 steps.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from from_scratch import argument_parser, compare, parse
+from shared.arguments import argument, parse
+from shared.from_scratch import Comparison, compare
 
 from hf_sleep.data import Depo
 
@@ -36,15 +38,19 @@ PRESETS = {
 }
 
 
+@dataclass
+class Arguments(Comparison):
+    preset: str = argument("small", "settings that stand where none is given", choices=tuple(PRESETS))
+    max_nodes: int = argument(12, "the longest cycle")
+    max_hops: int = argument(4, "the largest k")
+    num_queries: int = argument(4, "questions in a row")
+    mini_vocab: int = argument(8, "tokens that names of one or two tokens are made of")
+    window_size: int = argument(24, "L, in tokens")
+    output: Path = argument(Path("runs/depo"), "a folder")
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argument_parser(__doc__, output=Path("runs/depo"))
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--max-nodes", type=int, default=12)
-    parser.add_argument("--max-hops", type=int, default=4)
-    parser.add_argument("--num-queries", type=int, default=4)
-    parser.add_argument("--mini-vocab", type=int, default=8, help="tokens that names of one or two tokens are made of")
-    parser.add_argument("--window-size", type=int, default=24, help="L, in tokens")
-    options = parse(parser, PRESETS, arguments)
+    options = parse(Arguments, __doc__, arguments, PRESETS)
     names = ("max_nodes", "max_hops", "num_queries", "mini_vocab", "window_size")
     return compare(options, Depo(**{name: getattr(options, name) for name in names}), "k")
 

@@ -9,19 +9,25 @@ every node. Same weights at the start, same data, same steps for every N; only N
 is also evaluated at other N. Writes config.json, metrics.jsonl, results.json, accuracy.png and a checkpoint per model.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from from_scratch import argument_parser, compare
+from shared.arguments import argument, parse
+from shared.from_scratch import Comparison, compare
 
 from hf_sleep.data import KHop
 
 
+@dataclass
+class Arguments(Comparison):
+    num_nodes: int = argument(8, "n, the length of the cycle")
+    windows: int = argument(1, "slept windows that a cycle is spread over")
+    cycles: int = argument(1, "cycles in a row, each in windows of its own")
+    output: Path = argument(Path("runs/khop"), "a folder")
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argument_parser(__doc__, output=Path("runs/khop"))
-    parser.add_argument("--num-nodes", type=int, default=8, help="n, the length of the cycle")
-    parser.add_argument("--windows", type=int, default=1, help="slept windows that a cycle is spread over")
-    parser.add_argument("--cycles", type=int, default=1, help="cycles in a row, each in windows of its own")
-    options = parser.parse_args(arguments)
+    options = parse(Arguments, __doc__, arguments)
     return compare(options, KHop(options.num_nodes, windows=options.windows, cycles=options.cycles), "k")
 
 

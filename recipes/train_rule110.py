@@ -11,9 +11,11 @@ Source: Lee et al. 2026 (arXiv 2605.26099), the Rule 110 experiment; Muon at 2e-
 tokens (about 97,000 steps of 101 tokens).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from from_scratch import argument_parser, compare, parse
+from shared.arguments import argument, parse
+from shared.from_scratch import Comparison, compare
 
 from hf_sleep.data import Rule110
 
@@ -34,12 +36,16 @@ PRESETS = {
 }
 
 
+@dataclass
+class Arguments(Comparison):
+    preset: str = argument("small", "settings that stand where none is given", choices=tuple(PRESETS))
+    width: int = argument(13, "bits of a string; L is as long")
+    automaton_steps: int = argument(2, "t")
+    output: Path = argument(Path("runs/rule110"), "a folder")
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argument_parser(__doc__, output=Path("runs/rule110"))
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--width", type=int, default=13, help="bits of a string; L is as long")
-    parser.add_argument("--automaton-steps", type=int, default=2, help="t")
-    options = parse(parser, PRESETS, arguments)
+    options = parse(Arguments, __doc__, arguments, PRESETS)
     return compare(options, Rule110(options.width, options.automaton_steps), "t")
 
 

@@ -213,7 +213,7 @@ def refusals(folder):
 def recipe(folder):
     """A recipe, sharded: it must train, evaluate and save."""
     sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-    from_scratch, train_khop = import_module("from_scratch"), import_module("train_khop")
+    from_scratch, train_khop = import_module("shared.from_scratch"), import_module("train_khop")
     options = ["--steps", "2", "--batch-size", "4", "--test-rows", "16", "--evaluations", "1", "--sleep-passes", "2"]
     with mock.patch.object(
         from_scratch, "SleepTrainingArguments", lambda **args: sharded(args, state_dict_type="FULL_STATE_DICT")

@@ -98,7 +98,7 @@ def state(folder, model):
 
 
 def run_folder(folder, _):
-    from run_folder import RunFolder
+    from shared.run_folder import RunFolder
 
     RunFolder(folder, {"seed": 1})
 
@@ -112,7 +112,7 @@ def plot(folder, _):
 
 
 def run(folder):
-    from run_folder import RunFolder
+    from shared.run_folder import RunFolder
 
     it = object.__new__(RunFolder)
     it.path, it.metrics, it.writes = folder, folder / "metrics.jsonl", True

@@ -98,7 +98,7 @@ def test_two_processes_train_as_one_and_write_once(recipe, tmp_path):
 
 
 def test_models_that_are_compared_start_alike(recipe):
-    make = recipe("from_scratch").hybrid
+    make = recipe("shared.from_scratch").hybrid
     one, three = make(40, 10, 1, seed=3), make(40, 10, 3, seed=3)
     for name, tensor in one.state_dict().items():
         assert torch.equal(three.state_dict()[name], tensor), name
@@ -109,7 +109,7 @@ def test_models_that_are_compared_start_alike(recipe):
 @pytest.mark.parametrize("kind", ["jet", "gated_delta_net"])
 def test_the_seed_is_of_every_weight(recipe, kind):
     """A retrofit's blocks follow from its base; what is trained from nothing follows from the seed."""
-    hybrid = recipe("from_scratch").hybrid
+    hybrid = recipe("shared.from_scratch").hybrid
     first, again, other = (hybrid(20, 8, 2, block_kind=kind, seed=seed).state_dict() for seed in (1, 1, 2))
     constant = {name for name, value in first.items() if not value.std(unbiased=False)}
     same = {name for name, value in first.items() if torch.equal(value, other[name])}
@@ -151,13 +151,13 @@ def test_the_default_is_the_smallest_setting_that_was_found(recipe, monkeypatch)
 
 
 def test_mean_and_spread(recipe):
-    spread = recipe("run_folder").mean_and_spread
+    spread = recipe("shared.run_folder").mean_and_spread
     assert spread([0.5]) == "0.50"
     assert spread([0.0, 1.0]) == "0.50±0.71"
 
 
 def test_a_checkpoint_that_was_cut_short_is_none(recipe, tmp_path):
-    last = recipe("run_folder").last_checkpoint
+    last = recipe("shared.run_folder").last_checkpoint
     assert last(tmp_path / "missing") == (None, 0)
     for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -169,13 +169,13 @@ def test_a_checkpoint_that_was_cut_short_is_none(recipe, tmp_path):
 
 def test_without_muon_its_matrices_are_trained_too(recipe, tmp_path):
     recipe("train_khop").main([*QUICK, "--muon-learning-rate", "0", "--output", str(tmp_path)])
-    start = recipe("from_scratch").hybrid(KHop(8).vocab_size, KHop(8).window_size, 2).state_dict()
+    start = recipe("shared.from_scratch").hybrid(KHop(8).vocab_size, KHop(8).window_size, 2).state_dict()
     trained = load_file(tmp_path / "N2-seed0" / "model.safetensors")
     assert not any(torch.equal(tensor, start[name]) for name, tensor in trained.items() if tensor.dim() == 2)
 
 
 def test_a_run_goes_on_only_with_the_settings_it_began_with(recipe, tmp_path, monkeypatch):
-    folder = recipe("run_folder").RunFolder
+    folder = recipe("shared.run_folder").RunFolder
     folder(tmp_path / "run", {"steps": 4}).record(loss=1.0)
     folder(tmp_path / "run", {"steps": 4}, resume=True).record(loss=0.5)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
@@ -224,7 +224,7 @@ def test_a_comparison_in_parts_ends_as_one_in_one_piece(recipe, tmp_path, capsys
 
 
 def json_results(folder):
-    return import_module("from_scratch").finished(folder / "results.json")
+    return import_module("shared.from_scratch").finished(folder / "results.json")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def json_results(folder):
     ],
 )
 def test_the_oldest_process_stops_all(recipe, monkeypatch, minutes, age, others, step, stops, saves):
-    module = recipe("run_folder")
+    module = recipe("shared.run_folder")
     monkeypatch.setattr(module, "process_seconds", lambda: age)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda over, op: over.clamp_(min=int(others)) if op is MAX else None)
@@ -250,7 +250,7 @@ def test_the_oldest_process_stops_all(recipe, monkeypatch, minutes, age, others,
 
 
 def test_a_process_is_as_old_as_its_imports(recipe):
-    assert 0.5 < recipe("run_folder").process_seconds() < 86_400
+    assert 0.5 < recipe("shared.run_folder").process_seconds() < 86_400
 
 
 def commands(page):

@@ -1,18 +1,17 @@
 """Small hybrids from scratch, one per seed and N, trained alike and compared: what the task recipes share."""
 
-import argparse
 import json
 import math
 import shutil
 import time
 from collections import Counter
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from run_folder import RunFolder, TimeBudget, last_checkpoint, mean_and_spread, train_on
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from hf_sleep import SleepConfig, SleepForCausalLM, default_dtype
@@ -20,6 +19,9 @@ from hf_sleep.data.task import Task
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
 from hf_sleep.training import SleepTrainer, SleepTrainingArguments
+
+from .arguments import InParts, argument, require_pair
+from .run_folder import RunFolder, TimeBudget, last_checkpoint, mean_and_spread, train_on
 
 
 def hybrid(
@@ -100,38 +102,29 @@ def initialise(model: SleepForCausalLM, decay: tuple[float, float]) -> None:
             parameter.normal_(std=(0.35 if writes else 0.7) / math.sqrt(parameter.shape[1]))
 
 
-def argument_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The arguments of all task recipes, with a recipe's own defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sleep-passes", type=int, nargs="+", default=[1, 2, 3], help="N of each model")
-    parser.add_argument("--eval-passes", type=int, nargs="*", default=[], help="evaluate each model at these N too")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--layers", type=int, default=1, help="attention layers, each with a block behind it")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--block-kind", choices=("gated_delta_net", "jet"), default="gated_delta_net")
-    parser.add_argument("--decay", type=float, nargs=2, default=[0.02, 0.2], help="range of A at first")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument(
-        "--muon-learning-rate", type=float, default=0.02, help="of the matrices; 0: AdamW for everything"
-    )
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW, for all that Muon does not take")
-    parser.add_argument("--test-rows", type=int, default=1024)
-    parser.add_argument("--evaluations", type=int, default=8, help="during each training")
-    parser.add_argument("--threads", type=int, default=1, help="two processes of one thread beat one of two")
-    parser.add_argument("--minutes", type=float, help="save and stop when the process is so old (default: never)")
-    parser.add_argument("--resume", action="store_true", help="go on with what --output holds, if anything")
-    parser.add_argument("--output", type=Path, required="output" not in defaults)
-    parser.set_defaults(**defaults)
-    return parser
+@dataclass
+class Comparison(InParts):
+    """The arguments of all task recipes."""
 
+    sleep_passes: list[int] = argument([1, 2, 3], "N of each model")
+    eval_passes: list[int] = argument([], "evaluate each model at these N too")
+    seeds: list[int] = argument([0], "a model of each N is trained from each")
+    steps: int = argument(1000, "optimizer steps of each model")
+    layers: int = argument(1, "attention layers, each with a block after it")
+    hidden_size: int = argument(64, "C, the width")
+    heads: int = argument(2, "of attention and of each block")
+    block_kind: Literal["gated_delta_net", "jet"] = argument("gated_delta_net", "what the blocks are")
+    decay: list[float] = argument([0.02, 0.2], "range of A at first")
+    batch_size: int = argument(128, "rows that a process reads at once")
+    muon_learning_rate: float = argument(0.02, "of the matrices; 0: AdamW for everything")
+    learning_rate: float = argument(0.01, "of AdamW, for all that Muon does not take")
+    test_rows: int = argument(1024, "rows to evaluate on")
+    evaluations: int = argument(8, "during each training")
+    threads: int = argument(1, "of this process; two processes of one thread beat one of two")
+    output: Path = argument(Path("runs/from_scratch"), "a folder")
 
-def parse(parser: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], arguments: list[str] | None) -> Any:
-    """Parse `arguments`; a preset's values stand where none is given."""
-    chosen = parser.parse_known_args(arguments)[0].preset
-    parser.set_defaults(**presets.get(chosen, {}))
-    return parser.parse_args(arguments)
+    def __post_init__(self) -> None:
+        require_pair("decay", self.decay)
 
 
 class ProgressLine(TrainerCallback):
@@ -165,7 +158,7 @@ def by_difficulty(metrics: dict[str, float]) -> dict[int, float]:
     return {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
 
 
-def training_arguments(options: argparse.Namespace, folder: Path, seed: int) -> SleepTrainingArguments:
+def training_arguments(options: Comparison, folder: Path, seed: int) -> SleepTrainingArguments:
     return SleepTrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
@@ -194,12 +187,10 @@ def training_arguments(options: argparse.Namespace, folder: Path, seed: int) -> 
     )
 
 
-def train(
-    options: argparse.Namespace, task: Task, passes: int, seed: int, run: RunFolder, difficulty: str
-) -> dict | None:
+def train(options: Comparison, task: Task, passes: int, seed: int, run: RunFolder, difficulty: str) -> dict | None:
     """One model: its accuracy by difficulty, at its own N and at the others asked for, and the seconds it took.
 
-    It goes on from its last checkpoint, if there is one. `None`: the minutes were used up before it was evaluated.
+    It continues from its last checkpoint, if there is one. `None`: the minutes were used up before it was evaluated.
     """
     name, label = f"N{passes}-seed{seed}", f"N = {passes}, seed {seed}"
     folder = run.path / name
@@ -233,14 +224,13 @@ def evaluate(trainer: SleepTrainer, passes: int, others: list[int]) -> dict[int,
     """Accuracy by difficulty, at the model's own N and at others."""
     scores = {passes: by_difficulty(trainer.evaluate())}
     for other in others:
-        trainer.model.config.sleep.sleep_passes = other
-        scores[other] = by_difficulty(trainer.evaluate())
-    trainer.model.config.sleep.sleep_passes = passes
+        with trainer.model.sleeping(sleep_passes=other):
+            scores[other] = by_difficulty(trainer.evaluate())
     return scores
 
 
 def card(
-    options: argparse.Namespace, task: Task, scores: dict[int, dict[int, float]], test: Dataset, processes: int
+    options: Comparison, task: Task, scores: dict[int, dict[int, float]], test: Dataset, processes: int
 ) -> CardFacts:
     """What the model's card says of data, results and use."""
     usage = f"""import torch
@@ -291,7 +281,7 @@ def finished(file: Path) -> list[dict]:
     )
 
 
-def compare(options: argparse.Namespace, task: Task, difficulty: str) -> list[dict]:
+def compare(options: Comparison, task: Task, difficulty: str) -> list[dict]:
     """Train a model per seed and N, as far as the minutes go; print and write a table, a plot and every model."""
     torch.set_num_threads(options.threads)
     run = RunFolder(options.output, vars(options), options.resume)
