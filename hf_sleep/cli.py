@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,27 +12,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .config import SETTINGS
 from .version import __version__
 
 if TYPE_CHECKING:
     from .info import SleepInfo
-
-# Choices and defaults are those of SleepConfig, for which the help does not wait; a test holds them together.
-SETTINGS = {
-    "window_size": "L, tokens read between two sleeps. [default: 512]",
-    "sleep_passes": "N, passes over a full window, the ordinary read among them. [default: 2]",
-    "eviction": "What a sleep drops of the KV cache: hard or sliding. [default: hard]",
-    "num_sink_tokens": "First tokens of a sequence, whose KV is never dropped. [default: 0]",
-    "loop_layers": "Layers that all passes run; 7:21 is 7 to 20. Without it every layer, or the range that the base's "
-    "config names.",
-    "num_blocks": "Blocks of fast weights to inject, evenly spaced. Without it one per four layers; none where the "
-    "base has linear-attention layers.",
-    "block_layers": "Instead, the layers after which to inject them: 3,9,15.",
-    "block_kind": "Kind of the blocks: jet or gated_delta_net. [default: jet]",
-    "block_num_heads": "Heads of a block. Without it as many as fit a third of the hidden size.",
-    "block_head_dim": "Key width of a head. Without it the base's own.",
-    "block_expand_v": "Value width of a head over its key width. [default: 2.0]",
-}
 
 app = typer.Typer(
     add_completion=False,
@@ -42,24 +27,40 @@ app = typer.Typer(
 )
 
 
-def _setting(field: str, **kwargs: Any) -> Any:
-    """An option that sets a field of `SleepConfig`."""
-    return typer.Option(f"--{field.replace('_', '-')}", help=SETTINGS[field], show_default=False, **kwargs)
-
-
-def _integers(separator: str) -> Callable[[str | None], tuple[int, ...] | None]:
-    def read(value: str | None) -> tuple[int, ...] | None:
+def _integers(separator: str) -> Callable[[str], tuple[int, ...]]:
+    def read(value: str) -> tuple[int, ...]:
         try:
-            return None if value is None else tuple(int(part) for part in value.split(separator))
+            return tuple(int(part) for part in value.split(separator))
         except ValueError:
             raise typer.BadParameter(f"{value!r} is not a row of integers with {separator!r} between them") from None
 
     return read
 
 
-def _read_dtype(name: str | None) -> Any:
-    if name is None:
-        return None
+# How the settings are read that are no single number or word.
+ROWS: dict[str, dict[str, Any]] = {
+    "loop_layers": {"metavar": "A:B", "parser": _integers(":")},
+    "block_layers": {"metavar": "A,B,...", "parser": _integers(",")},
+}
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting of `SleepConfig`; it takes them as `**settings`, `None`: not given."""
+    options = []
+    for name, field in SETTINGS.items():
+        kind = next((kind for kind in (int, float) if field.type in (kind, kind | None)), str)
+        default = "" if field.default is None else f" [default: {field.default}]"
+        option = typer.Option(help=field.metadata["help"] + default, show_default=False, **ROWS.get(name, {}))
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    own = signature(command)
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    first, last = ([p for p in own.parameters.values() if p.kind is kind] for kind in kinds)
+    command.__signature__ = own.replace(parameters=[*first, *options, *last])  # type: ignore[attr-defined]
+    return command
+
+
+def _read_dtype(name: str) -> Any:
     import torch
 
     dtype = getattr(torch, name, None)
@@ -84,30 +85,19 @@ def main(
 
 
 @app.command()
+@with_settings
 def info(
-    context: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hub id or folder, of a base model or of a sleep checkpoint.")
     ],
-    window_size: Annotated[int | None, _setting("window_size")] = None,
-    sleep_passes: Annotated[int | None, _setting("sleep_passes")] = None,
-    eviction: Annotated[str | None, _setting("eviction")] = None,
-    num_sink_tokens: Annotated[int | None, _setting("num_sink_tokens")] = None,
-    loop_layers: Annotated[str | None, _setting("loop_layers", metavar="A:B", callback=_integers(":"))] = None,
-    num_blocks: Annotated[int | None, _setting("num_blocks")] = None,
-    block_layers: Annotated[str | None, _setting("block_layers", metavar="A,B,...", callback=_integers(","))] = None,
-    block_kind: Annotated[str | None, _setting("block_kind")] = None,
-    block_num_heads: Annotated[int | None, _setting("block_num_heads")] = None,
-    block_head_dim: Annotated[int | None, _setting("block_head_dim")] = None,
-    block_expand_v: Annotated[float | None, _setting("block_expand_v")] = None,
+    *,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            callback=_read_dtype, metavar="<str>", help="Of activations. Without it the model's, or bfloat16."
-        ),
+        Any,
+        typer.Option(parser=_read_dtype, metavar="<str>", help="Of activations. By default the model's, or bfloat16."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and FLOPs.")] = False,
+    **settings: Any,
 ) -> None:
     """Show what MODEL would be with sleep: layers, parameters, memory and cost.
 
@@ -120,13 +110,13 @@ def info(
     from . import bases  # noqa: F401 - registers them with AutoConfig, as hf_sleep/__init__.py does elsewhere
     from .info import describe
 
-    asked = {field: context.params[field] for field in SETTINGS if context.params[field] is not None}
+    asked = {name: value for name, value in settings.items() if value is not None}
     logging.set_verbosity_error()
     try:
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists():
             raise ValueError(f"there is no folder {model}")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-        found = describe(config, asked, context.params["dtype"])
+        found = describe(config, asked, dtype)
     except (ValueError, OSError) as error:
         typer.echo("Error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(1) from None

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
+import textwrap
 import warnings
 from bisect import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bases.decoder import adapter_of
 from .checks import is_whole, reject, require_int, require_int_tuple
 from .registry import BETWEEN, BLOCKS, EVICTIONS
 from .version import __version__
@@ -17,31 +17,25 @@ if TYPE_CHECKING:
 
     from .engine import Eviction
 
+REGISTRIES = {"eviction": EVICTIONS, "between": BETWEEN, "block_kind": BLOCKS}
+"""Where the fields that name a class find it."""
 
-@dataclass
+
+def _setting(default: Any, help: str) -> Any:
+    """A field of `SleepConfig` that carries its help, for the docstring, the command line and the docs."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
 class SleepConfig:
     """How a model sleeps, and which fast-weight blocks it is given to sleep with.
 
+    A value that never changes: `with model.sleeping(sleep_passes=3):` sleeps with other settings for a while, and
+    `dataclasses.replace` makes another config of this one.
+
     Args:
-        window_size: L, tokens read between two sleeps.
-        sleep_passes: N, passes over a full window before its KV cache is dropped; the ordinary read is the first of
-            them, so 1 is the plain windowed hybrid. Can be overridden per call.
-        eviction: `"hard"` (the window's KV goes) or `"sliding"` (the last `window_size - 1` tokens' KV stay, and
-            attention spans the last `window_size` tokens).
-        num_sink_tokens: the first tokens of a sequence whose KV is never evicted. An untrained sliding model needs at
-            least one (Xiao et al. 2024, arXiv 2309.17453).
-        loop_layers: half-open range `(a, b)` of decoder layers that are run again in sleep. `None`: all of them, or
-            what the base's family loops (Jet-Nemotron: the middle half).
-        between: what happens between two passes: `"none"`, as in the paper, or a registered name.
-        block_kind: `"jet"`, `"gated_delta_net"`, or the name of a registered block.
-        num_blocks: how many blocks to inject, evenly spaced. `None`: one per four layers into a base without
-            linear-recurrent layers, none into a hybrid.
-        block_layers: instead of `num_blocks`, the decoder layers after which a block is injected.
-        block_num_heads: H of a block. `None`: as many as fit a third of the hidden size.
-        block_head_dim: K, the key width of a head. `None`: the base's own head_dim.
-        block_expand_v: V / K, the value width of a head over its key width.
-        block_conv_size: W, taps of the short convolutions (tokens).
-        version: the hf_sleep version that wrote this config.
+        {settings}
+        version: The hf_sleep version that wrote this config.
 
     Raises:
         ValueError: naming the field, what it got and what would work.
@@ -49,65 +43,73 @@ class SleepConfig:
     Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1 and §5.
     """
 
-    window_size: int = 512
-    sleep_passes: int = 2
-    eviction: str = "hard"
-    num_sink_tokens: int = 0
-    loop_layers: tuple[int, int] | None = None
-    between: str = "none"
-    block_kind: str = "jet"
-    num_blocks: int | None = None
-    block_layers: tuple[int, ...] | None = None
-    block_num_heads: int | None = None
-    block_head_dim: int | None = None
-    block_expand_v: float = 2.0
-    block_conv_size: int = 4
+    window_size: int = _setting(512, "Tokens read between two sleeps, L.")
+    sleep_passes: int = _setting(
+        2,
+        "Passes over a full window before its KV cache is dropped, N. The ordinary read is the first of them, so 1 is "
+        "the plain windowed hybrid. Can be set per call.",
+    )
+    eviction: str = _setting(
+        "hard",
+        "What a sleep drops of the KV cache. hard: all of the window's. sliding: all but that of the last L - 1 "
+        "tokens, and attention spans the last L.",
+    )
+    num_sink_tokens: int = _setting(
+        0, "First tokens of a sequence, whose KV is never dropped. An untrained sliding model needs at least one."
+    )
+    loop_layers: tuple[int, int] | None = _setting(
+        None,
+        "Range (a, b) of the decoder layers that all passes run, from a to b - 1. By default all of them, or the "
+        "range that the base's family names.",
+    )
+    between: str = _setting(
+        "none", "What happens between two passes. none: nothing, as in the paper. Others are registered."
+    )
+    block_kind: str = _setting("jet", "Kind of the injected blocks: jet or gated_delta_net.")
+    num_blocks: int | None = _setting(
+        None,
+        "Fast-weight blocks to inject, evenly spaced. By default one per four layers, and none into a base with "
+        "linear-recurrent layers of its own.",
+    )
+    block_layers: tuple[int, ...] | None = _setting(
+        None, "Instead of num_blocks, the decoder layers after which a block is injected."
+    )
+    block_num_heads: int | None = _setting(
+        None, "Heads of a block, H. By default as many as fit a third of the hidden size."
+    )
+    block_head_dim: int | None = _setting(None, "Key width of a head, K. By default the base's own head_dim.")
+    block_expand_v: float = _setting(2.0, "Value width of a head over its key width, V / K.")
+    block_conv_size: int = _setting(4, "Taps of the short convolutions, W, in tokens.")
     version: str = __version__
 
     def __post_init__(self) -> None:
-        require_int("SleepConfig.window_size", self.window_size, 2)
-        require_int("SleepConfig.sleep_passes", self.sleep_passes, 1)
-        require_int("SleepConfig.num_sink_tokens", self.num_sink_tokens, 0)
-        require_int("SleepConfig.block_conv_size", self.block_conv_size, 2)
-        if self.eviction not in EVICTIONS:
-            raise reject("SleepConfig.eviction", self.eviction, EVICTIONS.what_works())
-        if self.between not in BETWEEN:
-            raise reject("SleepConfig.between", self.between, BETWEEN.what_works())
-        if self.block_kind not in BLOCKS:
-            raise reject("SleepConfig.block_kind", self.block_kind, BLOCKS.what_works())
+        for name, least in (("window_size", 2), ("sleep_passes", 1), ("num_sink_tokens", 0), ("block_conv_size", 2)):
+            require_int(f"SleepConfig.{name}", getattr(self, name), least)
+        for name, least in (("num_blocks", 0), ("block_num_heads", 1), ("block_head_dim", 1)):
+            if getattr(self, name) is not None:
+                require_int(f"SleepConfig.{name}", getattr(self, name), least)
+        for name in ("loop_layers", "block_layers"):
+            if getattr(self, name) is not None:
+                row = require_int_tuple(f"SleepConfig.{name}", getattr(self, name))
+                object.__setattr__(self, name, row)  # a frozen dataclass has no other way
+        for name, registry in REGISTRIES.items():
+            if getattr(self, name) not in registry:
+                raise self._wrong(name, registry.what_works())
         if self.num_sink_tokens >= self.window_size:
-            raise reject(
-                "SleepConfig.num_sink_tokens",
-                self.num_sink_tokens,
-                f"it must be less than window_size={self.window_size}",
-            )
-        for field in ("num_blocks", "block_num_heads", "block_head_dim"):
-            if getattr(self, field) is not None:
-                require_int(f"SleepConfig.{field}", getattr(self, field), 0 if field == "num_blocks" else 1)
+            raise self._wrong("num_sink_tokens", f"it must be less than window_size={self.window_size}")
         expand_v = self.block_expand_v
         if not isinstance(expand_v, int | float) or isinstance(expand_v, bool) or not 0 < expand_v < math.inf:
-            raise reject("SleepConfig.block_expand_v", expand_v, "it must be a positive number")
-        if self.loop_layers is not None:
-            loop = require_int_tuple("SleepConfig.loop_layers", self.loop_layers)
-            if len(loop) != 2 or not 0 <= loop[0] < loop[1]:
-                raise reject(
-                    "SleepConfig.loop_layers", loop, "it must be (a, b) with 0 <= a < b: layers a to b - 1 loop"
-                )
-            self.loop_layers = (loop[0], loop[1])
-        if self.block_layers is not None:
-            self.block_layers = require_int_tuple("SleepConfig.block_layers", self.block_layers)
-            if list(self.block_layers) != sorted(set(self.block_layers)) or min(self.block_layers, default=0) < 0:
-                raise reject(
-                    "SleepConfig.block_layers",
-                    self.block_layers,
-                    "it must list layers from 0 upwards, each once, in order",
-                )
-            if self.num_blocks not in (None, len(self.block_layers)):
-                raise reject(
-                    "SleepConfig.num_blocks",
-                    self.num_blocks,
-                    f"block_layers lists {len(self.block_layers)}: give one of the two",
-                )
+            raise self._wrong("block_expand_v", "it must be a positive number")
+        if (loop := self.loop_layers) is not None and (len(loop) != 2 or not 0 <= loop[0] < loop[1]):
+            raise self._wrong("loop_layers", "it must be (a, b) with 0 <= a < b: layers a to b - 1 loop")
+        if (layers := self.block_layers) is not None:
+            if list(layers) != sorted(set(layers)) or min(layers, default=0) < 0:
+                raise self._wrong("block_layers", "it must list layers from 0 upwards, each once, in order")
+            if self.num_blocks not in (None, len(layers)):
+                raise self._wrong("num_blocks", f"block_layers lists {len(layers)}: give one of the two")
+
+    def _wrong(self, field: str, what_works: str) -> ValueError:
+        return reject(f"SleepConfig.{field}", getattr(self, field), what_works)
 
     def make_eviction(self) -> "Eviction":
         """The eviction that these settings name."""
@@ -130,43 +132,23 @@ class SleepConfig:
         Raises:
             ValueError: where the base cannot be run as asked.
         """
+        from .bases import adapter_of  # needs torch
+
         depth = text_config.num_hidden_layers
         adapter = adapter_of(text_config)
-        has_fast_weights = adapter.has_fast_weights(text_config)
-        block_layers = self.block_layers
-        if block_layers is None:
-            default = 0 if has_fast_weights else max(1, depth // 4)
-            count = default if self.num_blocks is None else self.num_blocks
-            if count > depth:
-                raise reject(
-                    "SleepConfig.num_blocks", count, f"the base has {depth} layers, so at most {depth} blocks fit"
-                )
-            block_layers = tuple(int((i + 0.5) * depth / count) for i in range(count))
-        if block_layers and block_layers[-1] >= depth:
-            raise reject("SleepConfig.block_layers", block_layers, f"the base's layers are 0 to {depth - 1}")
-        if not block_layers and not has_fast_weights:
-            field = "num_blocks" if self.block_layers is None else "block_layers"
-            raise reject(
-                f"SleepConfig.{field}",
-                getattr(self, field),
-                "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
-            )
+        block_layers = self._place_blocks(depth, adapter.has_fast_weights(text_config))
         loop_layers = self.loop_layers or adapter.default_loop_layers(text_config)
         if loop_layers[1] > depth:
-            raise reject(
-                "SleepConfig.loop_layers", loop_layers, f"the base has {depth} layers, so b is at most {depth}"
-            )
+            works = f"the base has {depth} layers, so b is at most {depth}"
+            raise reject("SleepConfig.loop_layers", loop_layers, works)
         self._check_positions(getattr(text_config, "max_position_embeddings", None))
         heads = getattr(text_config, "num_attention_heads", 1)
         head_dim = self.block_head_dim or getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-        width = head_dim * self.block_expand_v
-        if not is_whole(width):
-            best = max(1, round(width)) / head_dim
-            raise reject(
-                "SleepConfig.block_expand_v",
-                self.block_expand_v,
+        if not is_whole(width := head_dim * self.block_expand_v):
+            raise self._wrong(
+                "block_expand_v",
                 f"times a head_dim of {head_dim} it is {width:g} values a head, which must be a whole number: "
-                f"{best:g} works",
+                f"{max(1, round(width)) / head_dim:g} works",
             )
         return dataclasses.replace(
             self,
@@ -176,6 +158,25 @@ class SleepConfig:
             block_head_dim=head_dim,
             block_num_heads=self.block_num_heads or max(1, text_config.hidden_size // (3 * head_dim)),
         )
+
+    def _place_blocks(self, depth: int, has_fast_weights: bool) -> tuple[int, ...]:
+        """The layers after which blocks are injected into a base of `depth` layers."""
+        layers = self.block_layers
+        if layers is None:
+            default = 0 if has_fast_weights else max(1, depth // 4)
+            count = default if self.num_blocks is None else self.num_blocks
+            if count > depth:
+                works = f"the base has {depth} layers, so at most {depth} blocks fit"
+                raise reject("SleepConfig.num_blocks", count, works)
+            layers = tuple(int((i + 0.5) * depth / count) for i in range(count))
+        if layers and layers[-1] >= depth:
+            raise reject("SleepConfig.block_layers", layers, f"the base's layers are 0 to {depth - 1}")
+        if not layers and not has_fast_weights:
+            raise self._wrong(
+                "num_blocks" if self.block_layers is None else "block_layers",
+                "the base has no linear-recurrent layers, so nothing could remember: inject at least one",
+            )
+        return layers
 
     def _check_positions(self, addressable: int | None) -> None:
         """Whether the base has a position number for every token of a window and what is retained before it."""
@@ -191,9 +192,9 @@ class SleepConfig:
 
         sizes = range(self.num_sink_tokens + 1, self.window_size)
         if fitting := bisect(sizes, False, key=lambda size: too_many(size, self.num_sink_tokens)):
-            raise reject("SleepConfig.window_size", self.window_size, f"{needs}: use at most {sizes[fitting - 1]}")
+            raise self._wrong("window_size", f"{needs}: use at most {sizes[fitting - 1]}")
         most = bisect(range(self.num_sink_tokens), False, key=lambda sinks: too_many(sinks + 1, sinks)) - 1
-        raise reject("SleepConfig.num_sink_tokens", self.num_sink_tokens, f"{needs}: use at most {most}")
+        raise self._wrong("num_sink_tokens", f"{needs}: use at most {most}")
 
     def changed(self, asked: "SleepConfig | dict[str, Any]") -> "SleepConfig":
         """A checkpoint's settings with those that were asked for; its blocks are what they are.
@@ -236,6 +237,12 @@ class SleepConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
 
-BLOCK_FIELDS = [
-    f.name for f in dataclasses.fields(SleepConfig) if f.name.startswith("block_") or f.name == "num_blocks"
-]
+SETTINGS = {field.name: field for field in dataclasses.fields(SleepConfig) if "help" in field.metadata}
+"""The fields that a user sets, each with `metadata["help"]`."""
+
+BLOCK_FIELDS = [name for name in SETTINGS if name.startswith("block_") or name == "num_blocks"]
+
+if SleepConfig.__doc__:  # python -OO leaves none
+    _lines = (f"{name}: {field.metadata['help']}" for name, field in SETTINGS.items())
+    _lines = (textwrap.fill(line, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for line in _lines)
+    SleepConfig.__doc__ = SleepConfig.__doc__.replace("{settings}", "\n".join(_lines).lstrip())

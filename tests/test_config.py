@@ -1,6 +1,9 @@
 """SleepConfig and SleepLMConfig: what cannot work says so, and what works survives its files."""
 
+import copy
+import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ from families import FAMILIES, HYBRIDS, make_base, sleep_config
 from transformers import AutoConfig, LlamaConfig
 
 from hf_sleep import SleepConfig, SleepForCausalLM, SleepLMConfig, __version__
+from hf_sleep.config import SETTINGS
 
 # Settings, the field and value that the error must name, what it must say works, and settings that then do.
 IMPOSSIBLE = {
@@ -154,6 +158,23 @@ FULL = SleepConfig(
     block_expand_v=1.5,
     block_conv_size=3,
 )
+
+
+def test_a_config_is_a_value():
+    sleep = SleepConfig(loop_layers=[0, 2], block_layers=[1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sleep.sleep_passes = 3
+    assert {sleep: 1}[SleepConfig(loop_layers=(0, 2), block_layers=(1,))] == 1
+    assert copy.deepcopy(sleep) == pickle.loads(pickle.dumps(sleep)) == sleep
+    assert dataclasses.replace(sleep, sleep_passes=3).sleep_passes == 3
+    with pytest.raises(ValueError, match=r"SleepConfig\.sleep_passes=0 cannot work"):
+        dataclasses.replace(sleep, sleep_passes=0)
+
+
+def test_every_field_but_the_version_carries_its_help():
+    assert [*SETTINGS, "version"] == [field.name for field in dataclasses.fields(SleepConfig)]
+    for name, field in SETTINGS.items():
+        assert f"{name}: {field.metadata['help']}" in " ".join(SleepConfig.__doc__.split())
 
 
 @pytest.mark.parametrize("resolved", [False, True])

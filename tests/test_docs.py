@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 
@@ -36,3 +37,12 @@ def test_blocks_compile_and_import_what_there_is(page):
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_first_blocks_leave_the_dtype_to_the_machine(name):
     assert "dtype" not in blocks(ROOT / name)[0]
+
+
+def test_the_table_of_settings_is_that_of_the_fields():
+    """`python scripts/settings_table.py` writes it again."""
+    with_table = runpy.run_path(str(ROOT / "scripts" / "settings_table.py"))["with_table"]
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assert with_table(page) == page
+    with pytest.raises(ValueError, match="0 tables"):
+        with_table("# A page without one\n")
