@@ -212,26 +212,39 @@ class SleepConfig:
             asked = {k: v for k, v in values.items() if k not in BLOCK_FIELDS or v != getattr(default, k)}
         for name in BLOCK_FIELDS:
             if name in asked and asked[name] != getattr(self, name):
-                raise ValueError(
-                    f"SleepConfig.{name}={asked[name]!r} cannot work: the checkpoint's blocks have "
-                    f"{name}={getattr(self, name)!r}. Leave it out"
-                )
+                works = f"the checkpoint's blocks have {name}={getattr(self, name)!r}. Leave it out"
+                raise reject(f"SleepConfig.{name}", asked[name], works)
         return dataclasses.replace(self, **asked)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` reads it back."""
+        """A JSON-ready dictionary; `from_dict` reads it back.
+
+        Where a field names a class from outside this package, `imports` says which module registers it.
+        """
         plain = {**dataclasses.asdict(self), "version": __version__}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        modules = {name: registry.module_of(getattr(self, name)) for name, registry in REGISTRIES.items()}
+        imports = {name: module for name, module in modules.items() if module is not None}
+        return plain | ({"imports": imports} if imports else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SleepConfig":
-        """Read what `to_dict` wrote; fields of a newer hf_sleep are named in a warning and left out."""
+        """Read what `to_dict` wrote; fields of a newer hf_sleep are named in a warning and left out.
+
+        Raises:
+            ValueError: what cannot work, or a name whose module has not been imported here.
+        """
+        values = dict(values)
+        modules = values.pop("imports", {})
+        for name, registry in REGISTRIES.items():
+            if name in modules and values[name] not in registry:
+                raise reject(f"SleepConfig.{name}", values[name], registry.what_works(modules[name]))
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             written_by = values.get("version", "unknown")
             warnings.warn(
-                f"SleepConfig: unknown fields {unknown} (written by hf_sleep {written_by}, this is "
-                f"{__version__}) are ignored",
+                f"SleepConfig: unknown fields {unknown} (written by hf_sleep {written_by}, this is {__version__}) "
+                "are ignored",
                 stacklevel=2,
             )
         return cls(**{key: value for key, value in values.items() if key in known})

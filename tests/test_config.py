@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -214,6 +215,57 @@ def test_fields_of_a_newer_version_are_named_and_ignored(tmp_path):
     file.write_text(json.dumps(written), encoding="utf-8")
     with pytest.warns(UserWarning, match="dream_depth"):
         assert AutoConfig.from_pretrained(tmp_path).sleep.window_size == FULL.window_size
+
+
+OUTSIDE = """
+import torch
+from hf_sleep.engine import Between, Eviction
+from hf_sleep.registry import register_between, register_eviction
+
+@register_eviction("recent")
+class Recent(Eviction):
+    recent = 2
+
+@register_between("halve")
+class Halve(Between):
+    def forward(self, z, e):
+        return z / 2
+"""
+LOAD = """
+import sys
+from transformers import AutoConfig
+import hf_sleep
+if len(sys.argv) > 2:
+    __import__(sys.argv[2])
+try:
+    sleep = AutoConfig.from_pretrained(sys.argv[1]).sleep
+    print(sleep.eviction, sleep.between, sleep.make_eviction().recent)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_name_from_outside_survives_its_file_and_says_what_to_import(tmp_path):
+    """Each in a process of its own, since what is registered here would be known to all later tests."""
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "sleeps.py").write_text(OUTSIDE, encoding="utf-8")
+    save = "import sys, json, my_package.sleeps\nfrom hf_sleep import SleepLMConfig\n"
+    save += "SleepLMConfig(sleep=json.loads(sys.argv[2])).save_pretrained(sys.argv[1])\n"
+
+    def run(code: str, *arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+        command = [sys.executable, "-c", code, str(tmp_path / "saved"), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    run(save, '{"eviction": "recent", "between": "halve"}')
+    written = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))["sleep"]
+    assert written["imports"] == {"eviction": "my_package.sleeps", "between": "my_package.sleeps"}
+    assert run(LOAD, "my_package.sleeps") == "recent halve 2"
+    assert run(LOAD) == (
+        "SleepConfig.eviction='recent' cannot work: it was registered by my_package.sleeps, which has not been "
+        "imported here: import my_package.sleeps first"
+    )
+    assert "imports" not in FULL.to_dict()
 
 
 def test_an_impossible_value_in_a_file_is_refused_as_in_code(tmp_path):
