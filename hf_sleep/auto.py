@@ -10,7 +10,7 @@ from .config import SleepConfig
 from .dtypes import dtype_to_load
 from .lm_config import SleepLMConfig, check_keywords
 from .modeling import SleepForCausalLM
-from .modeling.only_sleep import HUB_KEYWORDS, joined_reports
+from .modeling.only_sleep import HUB_KEYWORDS, NEW_WEIGHTS, for_the_hub, joined_reports
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +20,7 @@ class AutoModelForSleepLM:
 
     def __init__(self) -> None:
         raise OSError(
-            "AutoModelForSleepLM is made with AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))"
+            "AutoModelForSleepLM has no instances: call AutoModelForSleepLM.from_pretrained(name_or_path, sleep=...)"
         )
 
     @classmethod
@@ -32,11 +32,11 @@ class AutoModelForSleepLM:
         Args:
             pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight
                 blocks, or of a sleep checkpoint.
-            sleep: how to sleep. A dictionary sets just those fields of `SleepConfig`, of a sleep checkpoint's own where
-                it is one: `sleep={"sleep_passes": 4}`. Of a sleep checkpoint the blocks cannot be changed.
+            sleep: how to sleep. A dictionary sets just the fields that it names, of `SleepConfig()` or of the sleep
+                checkpoint's own: `sleep={"sleep_passes": 4}`. The blocks of a sleep checkpoint cannot be changed.
             kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision,
-                …). Without `dtype` it is the checkpoint's own, but float32 where that would be computed by a CPU that
-                has no 16-bit products: the same values, in twice the bytes. `dtype="auto"` keeps it in any case.
+                …). Without `dtype` a checkpoint is loaded in its own, but in float32 where a CPU would have to emulate
+                that: the same values, in twice the bytes. `dtype="auto"` keeps the checkpoint's in any case.
 
         Returns:
             A `SleepForCausalLM`; with `output_loading_info=True`, it and the report.
@@ -44,12 +44,11 @@ class AutoModelForSleepLM:
         Raises:
             ValueError: an unknown family, settings that do not fit the base, blocks other than the checkpoint's, or an
                 adapter of a base.
-            TypeError: a setting of the sleep that is not in `sleep`.
+            TypeError: a setting of the sleep that was passed by itself, and not in `sleep`.
         """
         lookup = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code", "gguf_file") if key in kwargs}
-        hub = {key: lookup[key] for key in HUB_KEYWORDS if lookup.get(key) is not None}
         adapter, name, _ = maybe_load_adapters(
-            pretrained_model_name_or_path, hub, **(kwargs.get("adapter_kwargs") or {})
+            pretrained_model_name_or_path, for_the_hub(kwargs), **(kwargs.get("adapter_kwargs") or {})
         )
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
@@ -60,20 +59,25 @@ class AutoModelForSleepLM:
             return SleepForCausalLM.from_pretrained(pretrained_model_name_or_path, sleep=sleep, **kwargs)
         if adapter is not None:
             raise ValueError(
-                f"{adapter} holds an adapter for {name}, which does not sleep. Merge it first (merge_and_unload of the "
-                "PeftModel), then retrofit the result with SleepForCausalLM.from_base"
+                f"{adapter} holds an adapter for {name}, which does not sleep. "
+                "Merge it first (merge_and_unload of the PeftModel), then retrofit the result with "
+                "SleepForCausalLM.from_base"
             )
         check_keywords(kwargs, config)
         base, report = _load_base(pretrained_model_name_or_path, kwargs)
         model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
         if report is None:
             return model
-        blocks = {f"fast_weights.{name}" for name in model.fast_weights.state_dict()}
-        return model, joined_reports(report, {"missing_keys": blocks})
+        new = {name for name in model.state_dict() if name.startswith(NEW_WEIGHTS)}
+        return model, joined_reports(report, {"missing_keys": new})
 
 
 def _native_dtype(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The dtype to load with, where none was asked for and the checkpoint's own would be emulated; says so once."""
+    """Choose the dtype to load with, where none was asked for and the checkpoint's own would be emulated.
+
+    Returns:
+        A keyword for `from_pretrained`, or none; says so once where there is one.
+    """
     asked = [kwargs.get(key) for key in ("dtype", "torch_dtype", "quantization_config")]
     if any(value is not None for value in asked) or getattr(config, "quantization_config", None) is not None:
         return {}
@@ -88,6 +92,6 @@ def _native_dtype(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_base(source: Any, kwargs: dict) -> tuple[PreTrainedModel, dict | None]:
-    """A base model, and the loading report where `output_loading_info` asks for it."""
+    """Load a base model, with its loading report where `output_loading_info` asks for it."""
     base = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     return base if isinstance(base, tuple) else (base, None)

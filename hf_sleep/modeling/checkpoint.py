@@ -28,12 +28,20 @@ from ..hub import (
 from ..lm_config import SleepLMConfig, check_keywords, check_model_type
 from ..placement import is_sharded
 from ..state import fingerprint
-from .only_sleep import BASE_KEYWORDS, HUB_KEYWORDS, SleepBlocks, base_of, joined_reports
-from .pretrained import ADDED, SleepPreTrainedModel
+from .only_sleep import (
+    BASE_KEYWORDS,
+    HUB_KEYWORDS,
+    NEW_WEIGHTS,
+    SleepBlocks,
+    base_of,
+    for_the_hub,
+    joined_reports,
+)
+from .pretrained import SleepPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# Of save_pretrained's, those for push_to_hub.
+# What save_pretrained hands on to push_to_hub.
 PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
@@ -53,17 +61,17 @@ class CheckpointMixin(SleepPreTrainedModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a checkpoint with its model card, which a person's README.md takes the place of.
+        """Write a checkpoint with its model card. A README.md that a person wrote stays.
 
         Args:
             save_directory: a folder, made where missing.
-            only_sleep: write the fast-weight blocks alone; the base is loaded again from where it came from.
+            only_sleep: write the new weights alone. The base is loaded again from where it came from.
             push_to_hub: push it as well, with `push_to_hub`'s arguments; `repo_id` is the folder's name by default.
             state_dict: the weights, where they are not all here (sharded ones that were gathered).
             kwargs: as in `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: where what would be written could not be loaded again.
+            ValueError: a checkpoint that could not be loaded again.
         """
         if push_to_hub:
             hub = {key: kwargs.pop(key) for key in PUSH_KEYWORDS if key in kwargs}
@@ -73,7 +81,7 @@ class CheckpointMixin(SleepPreTrainedModel):
         self._save(save_directory, Path(save_directory).resolve().name, only_sleep, state_dict, **kwargs)
 
     def _check_loads_again(self, only_sleep: bool, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Whether a checkpoint would be all that this model is."""
+        """Raise `ValueError` unless a checkpoint would be all that this model is."""
         if state_dict is None and is_sharded(self):
             raise ValueError(
                 "the model's weights are sharded over ranks (FSDP): save with trainer.save_model() on all ranks, or "
@@ -117,25 +125,23 @@ class CheckpointMixin(SleepPreTrainedModel):
     ) -> None:
         """Write weights, config, card and the file that points to this package."""
         if self._hf_peft_config_loaded:
-            # Of adapters that transformers added, it writes the adapter alone.
+            # Where transformers added the adapters, it writes the adapter alone.
             super().save_pretrained(folder, state_dict=state_dict, **kwargs)
             return
         if only_sleep:
-            state_dict = {k: v for k, v in (state_dict or self.state_dict()).items() if k.startswith(ADDED)}
-        untrained = is_untrained(
-            self.fast_weights.state_dict(prefix="fast_weights.") if state_dict is None else state_dict
-        )
+            state_dict = {k: v for k, v in (state_dict or self.state_dict()).items() if k.startswith(NEW_WEIGHTS)}
+        blocks = self.fast_weights.state_dict(prefix="fast_weights.") if state_dict is None else state_dict
         if getattr(self.generation_config, "sleep_passes", None) is not None:
-            # Of a generation config that was made of a model's config, loading drops what transformers does not know.
+            # Loading a generation config that was made of a model's config drops what transformers does not know.
             self.generation_config._from_model_config = False
-        # trust_remote_code marks the class, and then its file would be copied: the code stays in the package.
+        # trust_remote_code marks the class, and then saving would copy its file. The code stays in the package.
         self.config._auto_class = None
         self.config.auto_map, self.config.only_sleep = dict(AUTO_MAP), only_sleep
         try:
             super().save_pretrained(folder, state_dict=state_dict, **kwargs)
             if kwargs.get("is_main_process", True):
                 write_remote_code(folder)
-                write_model_card(self, folder, name, untrained=untrained, **(card or {}))
+                write_model_card(self, folder, name, untrained=is_untrained(blocks), **(card or {}))
         finally:
             self.config.only_sleep = False
 
@@ -170,7 +176,7 @@ class CheckpointMixin(SleepPreTrainedModel):
             kwargs: as in `save_pretrained` (max_shard_size, …).
 
         Raises:
-            ValueError: where what would be written could not be loaded again, by others either.
+            ValueError: a checkpoint that could not be loaded again, here or by others.
         """
         self._check_loads_again(only_sleep, state_dict)
         base = self.config.base_model_name_or_path
@@ -201,18 +207,18 @@ class CheckpointMixin(SleepPreTrainedModel):
             pretrained_model_name_or_path: what `save_pretrained` or `push_to_hub` wrote, or an adapter for it.
             config: instead of the checkpoint's own.
             sleep: settings to change, as in `AutoModelForSleepLM.from_pretrained`.
-            kwargs: as in `PreTrainedModel.from_pretrained`, fields of the config among them; those of the base's are
-                set as `text_config={...}`. Of an only-sleep checkpoint, those that say how weights are laid out and
-                computed with (dtype, device_map, quantization_config, attn_implementation, …) go to the base, and its
-                blocks follow the layers that they stand after; those that say where a checkpoint is (revision,
-                subfolder, variant, …) are for the new weights.
+            kwargs: as in `PreTrainedModel.from_pretrained`, fields of the config among them. Fields of the base's
+                config are set as `text_config={...}`. Of an only-sleep checkpoint, the base gets what says how weights
+                are laid out and computed with (dtype, device_map, quantization_config, attn_implementation, …), and
+                each block follows the layer that it stands after. The new weights get what says where a checkpoint is
+                (revision, subfolder, variant, …).
 
         Raises:
-            ValueError: a checkpoint of another kind, as of a base that was not retrofitted.
+            ValueError: a checkpoint of another kind, such as a base that was not retrofitted.
             TypeError: a keyword that nothing takes.
         """
         name = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        hub = for_the_hub(kwargs)
         adapter, name, adapter_kwargs = maybe_load_adapters(name, hub, **(kwargs.pop("adapter_kwargs", None) or {}))
         if adapter is not None:
             adapter_kwargs["_adapter_model_path"] = adapter
@@ -236,7 +242,7 @@ class CheckpointMixin(SleepPreTrainedModel):
         trust_remote_code: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load an only-sleep checkpoint: the base from where it came, then the blocks on it."""
+        """Load an only-sleep checkpoint: the base from where it came, then the new weights on it."""
         base, base_report = base_of(config, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in (*BASE_KEYWORDS, "dtype", "torch_dtype")}
         adapter = adapter_kwargs.pop("_adapter_model_path", None)
@@ -253,26 +259,13 @@ class CheckpointMixin(SleepPreTrainedModel):
         fresh = {*missing, *(key for key, *_ in report["mismatched_keys"])}
         loaded = {key: weight for key, weight in blocks.state_dict().items() if key not in fresh}
         model.load_state_dict(loaded, strict=False)
-
-        made = model.config
-        if config.base_fingerprint not in (None, made.base_fingerprint):
-            logger.warning(
-                f"The base loaded from {config.base_model_name_or_path} has other weights than the one these "
-                "fast weights "
-                "were made with (another revision or quantisation?): what they remember may not fit it."
-            )
-        attention, experts = made._attn_implementation, made._experts_implementation
-        for field in ("text_config", "dtype", "base_fingerprint", "only_sleep"):
-            setattr(config, field, getattr(made, field))
-        config._attn_implementation, config._experts_implementation = attention, experts
-        model.config = config
-        if name is not None:
-            model.name_or_path = config.name_or_path = str(name)
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        _give_config(model, config, name)
+        hub = for_the_hub(kwargs)
         default = {"revision": "main", "subfolder": "", "force_download": False, "local_files_only": False}
         download: dict[str, Any] = dict.fromkeys(HUB_KEYWORDS) | default | hub
-        download |= {"trust_remote_code": trust_remote_code}
-        model.adjust_generation_fn(generation_config, False, None, name, **download)
+        model.adjust_generation_fn(
+            generation_config, False, None, name, **download, trust_remote_code=trust_remote_code
+        )
         model.eval()
         info = joined_reports(base_report, report)
         if adapter is not None:
@@ -288,7 +281,11 @@ class CheckpointMixin(SleepPreTrainedModel):
 def _config_of(
     name: Any, given: PreTrainedConfig | str | os.PathLike | None, hub: dict, kwargs: dict
 ) -> tuple[SleepLMConfig, dict]:
-    """A sleep checkpoint's config, ours to change, with the fields that `kwargs` name; and the other `kwargs`."""
+    """Read a sleep checkpoint's config, ours to change, with the fields that `kwargs` name.
+
+    Returns:
+        It, and the `kwargs` that are no fields.
+    """
     if isinstance(given, PreTrainedConfig):
         file = None
         if name is not None:
@@ -307,3 +304,20 @@ def _config_of(
         if key not in ("dtype", "torch_dtype") and hasattr(config.text_config, key):
             raise TypeError(f"{key} is a setting of the base: pass text_config={{{key!r}: {kwargs[key]!r}}}")
     return config, kwargs
+
+
+def _give_config(model: Any, config: SleepLMConfig, name: Any) -> None:
+    """Give a model that was made on a loaded base its checkpoint's config, but what that base says of itself."""
+    made = model.config
+    if config.base_fingerprint not in (None, made.base_fingerprint):
+        logger.warning(
+            f"The base loaded from {config.base_model_name_or_path} has other weights than the one these fast "
+            "weights were made with (another revision or quantisation?): what they remember may not fit it."
+        )
+    attention, experts = made._attn_implementation, made._experts_implementation
+    for field in ("text_config", "dtype", "base_fingerprint", "only_sleep"):
+        setattr(config, field, getattr(made, field))
+    config._attn_implementation, config._experts_implementation = attention, experts
+    model.config = config
+    if name is not None:
+        model.name_or_path = config.name_or_path = str(name)

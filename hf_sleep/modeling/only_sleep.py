@@ -1,4 +1,4 @@
-"""Checkpoints of the fast weights alone: what they hold, and the base they stand on."""
+"""Checkpoints of the new weights alone: what they hold, and the base that they stand on."""
 
 import copy
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..lm_config import SleepLMConfig
-from .pretrained import ADDED, SleepPreTrainedModel
+from .pretrained import SleepPreTrainedModel
 
+# What an only-sleep checkpoint holds, by the beginning of its name: all that a retrofit adds to its base.
+NEW_WEIGHTS = ("fast_weights.", "between.")
 # What from_pretrained takes to find a checkpoint, as opposed to what it takes to load it.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
-# Of an only-sleep checkpoint's keywords, those for the base: how its weights are laid out and computed with.
+# What an only-sleep checkpoint hands on to its base: how weights are laid out and computed with.
 BASE_KEYWORDS = (
     "attn_implementation",
     "experts_implementation",
@@ -29,7 +31,7 @@ BASE_KEYWORDS = (
     "allow_all_kernels",
     "fusion_config",
 )
-# And those for base and new weights alike. All others are of the new weights' files: revision, subfolder, variant, …
+# What base and new weights get alike. All else is about the new weights' files: revision, subfolder, variant, …
 SHARED_KEYWORDS = (
     "cache_dir",
     "force_download",
@@ -44,7 +46,7 @@ SHARED_KEYWORDS = (
 
 
 class SleepBlocks(SleepPreTrainedModel):
-    """The fast-weight blocks alone, as an only-sleep checkpoint holds them.
+    """The new weights alone, as an only-sleep checkpoint holds them.
 
     Args:
         config: of the sleeping model that they are a part of.
@@ -67,13 +69,25 @@ class SleepBlocks(SleepPreTrainedModel):
         return self.report
 
 
+def for_the_hub(kwargs: dict) -> dict[str, Any]:
+    """Those of from_pretrained's keywords that say where a checkpoint is."""
+    return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+
+
 def base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]:
-    """The base of an only-sleep checkpoint, with the settings that it had when the checkpoint was written."""
+    """Load the base of an only-sleep checkpoint, with the settings that it had when the checkpoint was written.
+
+    Returns:
+        It, and transformers' loading report.
+
+    Raises:
+        ValueError: a config that does not name its base, or names another one.
+    """
     source = config.base_model_name_or_path
     if source is None:
         raise ValueError(
-            "the checkpoint holds fast weights alone, and its config does not say of which base: pass "
-            "base_model_name_or_path=..."
+            "the checkpoint holds fast weights alone, and its config does not say of which base: "
+            "pass base_model_name_or_path=..."
         )
     asked = {key: kwargs[key] for key in (*BASE_KEYWORDS, *SHARED_KEYWORDS) if kwargs.get(key) is not None}
     if kwargs.get("use_safetensors"):
@@ -95,16 +109,16 @@ def base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]
 
 
 def _map_of_base(device_map: dict[str, Any]) -> dict[str, Any]:
-    """The base's part of a device map that names modules as a whole checkpoint does; the base's own names are left."""
+    """Take the base's part of a device map, in the base's own names, whichever names the map uses."""
     return {
         name if not f"{name}.".startswith("lm.") else name.removeprefix("lm").removeprefix("."): device
         for name, device in device_map.items()
-        if not f"{name}.".startswith(ADDED)
+        if not f"{name}.".startswith(NEW_WEIGHTS)
     }
 
 
 def joined_reports(base: dict, blocks: dict) -> dict:
-    """One loading report of a base's and its blocks', in the names of the whole model."""
+    """Join the loading reports of a base and its blocks, in the names of the whole model."""
     joined: dict[str, set] = {key: {f"lm.{name}" for name in base[key]} for key in ("missing_keys", "unexpected_keys")}
     joined["mismatched_keys"] = {(f"lm.{name}", *shapes) for name, *shapes in base["mismatched_keys"]}
     joined = {key: names | blocks.get(key, set()) for key, names in joined.items()}

@@ -13,9 +13,6 @@ from ..lm_config import SleepLMConfig
 from ..placement import compute_device
 from ..registry import BETWEEN
 
-# What a sleep adds to a base, by the names of its parameters.
-ADDED = ("fast_weights.", "between.")
-
 
 class SleepPreTrainedModel(PreTrainedModel):
     """What a sleeping model and its blocks alone share: how they are loaded and initialised."""
