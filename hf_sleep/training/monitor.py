@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..cache import SleepCache
+from ..engine import SleepEvent
 from ..labels import IGNORED, next_labels
 from ..ops import gate_hook
-from ..sleep import SleepEvent
 from .evaluation import check_trainer
 from .parameters import refuse_sharded
 
