@@ -109,7 +109,7 @@ FAMILIES = {
             "mamba_n_heads": 4,
             "mamba_n_groups": 2,
             "mamba_d_state": 8,
-            "time_step_limit": (0.05, 1.5),
+            "time_step_limit": (0.15, 0.6),
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "shared_intermediate_size": 24,
@@ -164,6 +164,18 @@ MORE_FAMILIES = {
     "starcoder2": ("starcoder2", {"sliding_window": 4}),
 }
 EAGER = ("gemma2", "gpt_oss")  # sdpa has neither soft caps nor sinks of its own
+_BAMBA = {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 8}
+# Close to one of them: too close for the whole matrix of laws.
+RELATIVES = {
+    "bamba": ("bamba", _BAMBA | {"rms_norm_eps": 1e-3}),
+    "granite_dense": (
+        "granitemoehybrid",
+        FAMILIES["granitemoehybrid"][1]
+        | {"num_local_experts": 0, "position_embedding_type": "rope", "rope_parameters": _ROPE, "mamba_n_groups": 1}
+        | {"mamba_conv_bias": False, "mamba_proj_bias": True, "time_step_limit": (0.0, float("inf"))},
+    ),
+    "kimi_low_rank": ("kimi_linear", FAMILIES["kimi_linear"][1] | {"q_lora_rank": 12, "attention_bias": True}),
+}
 HYBRIDS = (
     "qwen3_next",
     "qwen3_5",
@@ -182,14 +194,14 @@ def sleep_config(family: str, **fields) -> SleepConfig:
 
     A hybrid is slept with its own linear layers, plus one injected block, so that the two kinds of memory meet.
     """
-    layers = (1,) if family in HYBRIDS else (0, 2)
+    layers = (1,) if family in HYBRIDS or family in RELATIVES else (0, 2)
     defaults = {"window_size": 6, "block_layers": layers, "block_num_heads": 2, "block_head_dim": 8}
     return SleepConfig(**(defaults | fields))
 
 
 def make_base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A base causal LM with random weights that are large enough for every layer to matter."""
-    model_type, fields = (FAMILIES | MORE_FAMILIES)[family]
+    model_type, fields = (FAMILIES | MORE_FAMILIES | RELATIVES)[family]
     config = AutoConfig.for_model(model_type, **(_COMMON | fields))
     attention = "eager" if model_type in EAGER else "sdpa"
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")

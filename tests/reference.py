@@ -67,11 +67,11 @@ def run_jet_layer(layer, h, S, tail):
 
 
 def run_mamba2_layer(layer, h, S, tail):
-    """One of Granite 4's own Mamba2 layers on h `[T, C]`; S `[H, N, P]` is the transpose of Mamba's `[H, P, N]`."""
+    """One of Granite 4's or Bamba's own Mamba2 layers on h `[T, C]`; S `[H, N, P]` is Mamba's `[H, P, N]` turned."""
     m, outputs = layer.mamba, []
     z, u, dt = m.in_proj(layer.input_layernorm(h)).split((m.intermediate_size, m.conv_dim, m.num_heads), -1)
     u, tail = convolve(u, m.conv1d.weight.squeeze(1).expand(len(h), -1, -1), tail)
-    u, width = F.silu(u + m.conv1d.bias), m.n_groups * m.ssm_state_size
+    u, width = F.silu(u if m.conv1d.bias is None else u + m.conv1d.bias), m.n_groups * m.ssm_state_size
     x, B, C = u.split((m.intermediate_size, width, width), -1)
     group = torch.arange(m.num_heads) * m.n_groups // m.num_heads
     x, B, C = (v.unflatten(-1, (heads, -1)) for v, heads in ((x, m.num_heads), (B, m.n_groups), (C, m.n_groups)))
@@ -84,9 +84,15 @@ def run_mamba2_layer(layer, h, S, tail):
     # In groups, where this transformers does so.
     y = y.unflatten(-1, (-1, getattr(m.norm, "group_size", m.intermediate_size)))
     y = y / (y.square().mean(-1, keepdim=True) + m.norm.variance_epsilon).sqrt()
-    h = h + m.out_proj(y.flatten(1) * m.norm.weight) * layer.residual_multiplier
+    scale = getattr(layer, "residual_multiplier", 1)
+    h = h + m.out_proj(y.flatten(1) * m.norm.weight) * scale
+    if hasattr(layer, "feed_forward"):
+        return h + layer.feed_forward(layer.pre_ff_layernorm(h)), (S, tail)
     normed = layer.post_attention_layernorm(h)[None]
-    return h + (layer.shared_mlp(normed) + layer.block_sparse_moe(normed))[0] * layer.residual_multiplier, (S, tail)
+    out = layer.shared_mlp(normed)[0]
+    if layer.block_sparse_moe is not None:
+        out = out + layer.block_sparse_moe(normed)[0]
+    return h + out * scale, (S, tail)
 
 
 def run_kda_layer(layer, h, S, tail):
@@ -111,7 +117,12 @@ def run_kda_layer(layer, h, S, tail):
     return h + layer.mlp(layer.post_attention_layernorm(h)[None])[0], (S, tail)
 
 
-RUN_OWN_LAYER = {"jet_nemotron": run_jet_layer, "granitemoehybrid": run_mamba2_layer, "kimi_linear": run_kda_layer}
+RUN_OWN_LAYER = {
+    "jet_nemotron": run_jet_layer,
+    "granitemoehybrid": run_mamba2_layer,
+    "bamba": run_mamba2_layer,
+    "kimi_linear": run_kda_layer,
+}
 
 
 def own_shapes(layer):
@@ -188,6 +199,7 @@ class Row:
         self.memory = {}  # "blocks.i" or "layers.i" -> (S, tail)
         self.kv = {}  # i -> retained (k, v) [1, H, J, D]
         self.retained, self.next_position = [], 0  # position numbers of the retained keys; of the next token
+        self.norm = self.decoder.final_layernorm if self.config.model_type == "bamba" else self.decoder.norm
         self.norm_every_pass = self.config.model_type == "ouro"
         like = {"dtype": self.decoder.embed_tokens.weight.dtype}
         self.run_own = RUN_OWN_LAYER.get(self.config.model_type)
@@ -210,7 +222,7 @@ class Row:
         h = self.run(range(a), embedded)
         h = self.run(range(a, b), h)
         out = self.run(range(b, depth), h)
-        logits = self.model.lm_head(out if self.norm_every_pass else self.decoder.norm(out))[0]
+        logits = self.model.lm_head(out if self.norm_every_pass else self.norm(out))[0]
         logits = logits * getattr(self.config, "logit_scale", 1) / getattr(self.config, "logits_scaling", 1)
         if passes > 1:
             for _ in range(passes - 1):
@@ -239,6 +251,7 @@ class Row:
             else:
                 cache, mask = LayerCache(kv=self.kv.get(i)), self.mask(i)
                 h = layer(h, attention_mask=mask, position_embeddings=self.rotary(i, h), **{CACHE: cache})
+                h = h[0] if isinstance(h, tuple) else h
                 self.current[i] = cache.kv
             if str(i) in self.blocks:
                 key = f"blocks.{i}"
@@ -246,7 +259,7 @@ class Row:
                 x, self.memory[key] = run_block(self.blocks[str(i)], h[0], S, tail)
                 h = x[None]
         ends_the_pass = layers and layers.stop == len(self.decoder.layers)
-        return self.decoder.norm(h) if self.norm_every_pass and ends_the_pass else h
+        return self.norm(h) if self.norm_every_pass and ends_the_pass else h
 
     def mask(self, i):
         """Which key each query may see, `[1, 1, T, J + T]`."""
