@@ -52,7 +52,7 @@ class Registry:
 
     def __contains__(self, name: object) -> bool:
         importlib.import_module(self.home)
-        return name in self._classes
+        return isinstance(name, str) and name in self._classes
 
     def __getitem__(self, name: str) -> Any:
         """The class of that name.

@@ -68,7 +68,7 @@ def test_the_monitor_measures_without_float64_on_the_models_device():
     def read_elsewhere(model):
         metrics, cache = read(model)
         moved = SleepCache()
-        moved.assign(cache)
+        moved._owner = cache._owner
         moved.memory = cache.memory.map(elsewhere)
         return metrics, moved
 

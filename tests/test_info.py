@@ -149,7 +149,7 @@ def spent_by_a_stream(model, size: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(("family", "settings"), SLEEPS)
 def test_flops_are_the_matrix_products_of_a_model(family: str, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bases.gated_delta_net", "layers.jet", "layers.gated_delta_net"):
+    for module in ("bases.gated_delta_net", "layers.recurrence"):
         monkeypatch.setattr(f"hf_sleep.{module}.gated_delta_rule", token_by_token)
     monkeypatch.setattr("hf_sleep.bases.mamba2.mamba2", mamba2_token_by_token)
     monkeypatch.setattr("hf_sleep.bases.kimi_linear.kda", kda_token_by_token)

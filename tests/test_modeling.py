@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
-from hf_sleep import modeling as modeling_module
+from hf_sleep.modeling import causal_lm as modeling_module
 from hf_sleep.compat import CACHE, CHECKPOINTING
 
 L = 5
@@ -563,7 +563,7 @@ def test_past_a_million_tokens_nothing_has_drifted():
     blocks = {"block_kind": "gated_delta_net", "block_num_heads": 1, "block_head_dim": 1}
     sleep = SleepConfig(window_size=size, eviction="sliding", num_sink_tokens=1, sleep_passes=1, **blocks)
     model = SleepForCausalLM.from_base(base, sleep)
-    model._may_be_untrained = False
+    model._advice.may_be_untrained = False
     period, cache = tokens(size)[None], SleepCache()
     chunk = period.repeat(1, 128)
     with torch.no_grad():

@@ -186,7 +186,7 @@ def fresh(family: str = "llama", dtype: torch.dtype = torch.float32, trained: bo
 
 def test_an_adapter_with_untrained_blocks_still_warns(monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_sleep.modeling.causal_lm.logger.warning_once", warnings.append)
+    monkeypatch.setattr("hf_sleep.modeling.advice.logger.warning_once", warnings.append)
     for trained in (True, False):
         model = get_peft_model(fresh(trained=trained), lora(fresh(), [])).eval()
         model(input_ids=IDS)
@@ -209,7 +209,7 @@ STUCK = "The fast-weight blocks 0, 2 cannot learn"
 )
 def test_training_warns_once_of_blocks_that_cannot_learn(fields, warned, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_sleep.modeling.causal_lm.logger.warning_once", warnings.append)
+    monkeypatch.setattr("hf_sleep.modeling.advice.logger.warning_once", warnings.append)
     model = get_peft_model(fresh(trained=False), lora(fresh(), [], **fields)).train()
     model(input_ids=IDS[:, :L], labels=IDS[:, :L])
     assert not warnings  # it has not slept
@@ -223,7 +223,7 @@ def test_training_warns_once_of_blocks_that_cannot_learn(fields, warned, monkeyp
 def test_blocks_that_are_frozen_and_add_something_are_no_mistake(monkeypatch):
     """Nor is a model of which nothing is trained, nor one that is not being trained."""
     warnings = []
-    monkeypatch.setattr("hf_sleep.modeling.causal_lm.logger.warning_once", warnings.append)
+    monkeypatch.setattr("hf_sleep.modeling.advice.logger.warning_once", warnings.append)
     only_base = lora(fresh(), [], modules_to_save=None)
     steps(get_peft_model(fresh(trained=True), only_base).train(), 1)
     fresh(trained=False).requires_grad_(False).train()(IDS)

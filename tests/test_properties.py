@@ -102,7 +102,7 @@ def test_masks_with_holes_are_refused_and_change_nothing(mask):
     ids, mask = torch.stack((tokens(9, 1), tokens(9, 2))), torch.tensor(mask)
     with exact(), torch.no_grad():
         cache = model(ids[:, :6], use_cache=True).cache
-        before, rows, length = cache.memory, list(cache.memory.counters), cache.get_seq_length()
+        before, rows, length = cache.memory, cache.memory.counters, cache.get_seq_length()
         if holes:
             with pytest.raises(ValueError, match="attention_mask"):
                 model(ids, attention_mask=mask, cache=cache)

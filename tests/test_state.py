@@ -555,7 +555,7 @@ def test_a_padded_batch_of_the_first_format_reads_on_and_is_saved_again(tmp_path
         state = SleepState.from_cache(model, cache)
         rows = [{name: getattr(row, name) for name in COUNTERS} for row in state.rows]
         old = SleepState.load(first_format(tmp_path, state, rows=rows)).to_cache(model)
-        assert [row.pads for row in old.rows] == [0, None]
+        assert [row.pads for row in old.memory.counters] == [0, None]
         expected = model(ids, attention_mask=mask, cache=cache).logits
         assert torch.equal(model(ids, attention_mask=mask, cache=old).logits, expected)
     assert same_tensors(put_away(model, old, tmp_path).to_cache(model), cache)

@@ -127,7 +127,7 @@ def test_a_left_padded_batch_has_the_loss_of_a_right_padded_one(training, tmp_pa
 def test_accumulated_left_padded_batches_have_the_loss_of_right_padded_ones(kind, collate, tmp_path, monkeypatch):
     """With the plain Trainer where the collator ignores the labels that nothing predicts; else it says so, once."""
     warnings, results = [], {}
-    monkeypatch.setattr("hf_sleep.modeling.causal_lm.logger.warning_once", warnings.append)
+    monkeypatch.setattr("hf_sleep.modeling.outputs.logger.warning_once", warnings.append)
     for side in ("left", "right"):
         batches = [collate(side)(ROWS[i : i + 2]) for i in range(0, 8, 2)]
         results[side] = first_loss(trainer_of(kind, tmp_path, tiny().train()), batches)
