@@ -93,7 +93,8 @@ FAMILIES = {
         },
     ),
     "ouro": ("ouro", {"total_ut_steps": 1}),
-    "phi3": ("phi3", _PARTIAL | {"sliding_window": 4}),
+    # With the common 40 these weights amplify rounding: the reference's own float32 gradients are off by 4e-4.
+    "phi3": ("phi3", _PARTIAL | {"sliding_window": 4, "intermediate_size": 36}),
     "qwen3_moe": ("qwen3_moe", _EXPERTS),
     "mixtral": ("mixtral", _EXPERTS | {"sliding_window": None}),
     "granite": ("granite", _SCALES),

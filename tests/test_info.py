@@ -160,10 +160,10 @@ def test_flops_are_the_matrix_products_of_a_model(family: str, settings: dict, m
     def elementwise(slots: range) -> int:
         """Parameters that no matrix product uses: norms, biases, gates, taps of static convolutions."""
         return sum(
-            p.numel()
+            p.numel() * model.lm.config.num_experts_per_tok // len(p) if ".experts." in name else p.numel()
             for i in slots
             for name, p in module_of(info, model, i).named_parameters()
-            if p.ndim < 2 or name.endswith(("conv1d.weight", "A_log"))
+            if p.ndim < 2 or name.endswith(("conv1d.weight", "A_log", "proj_bias"))
         )
 
     size = sleep.window_size

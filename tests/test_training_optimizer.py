@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_sleep.training import MuonAdamW, parameter_groups
 
 HIDDEN = re.compile(
-    r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|g_proj|a_proj|b_proj|in_proj(_\w+)?|gate_proj|up_proj|down_proj|w1|w2"
+    r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|g_proj|a_proj|b_proj|in_proj(_\w+)?|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj|w1|w2"
     r"|input_linear|output_linear|kv_a_proj_with_mqa|kv_b_proj|[fg]_[ab]_proj)\.weight$"
 )
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE
 from ..memory import KV
+from ..registry import BASES
 from .decoder import Decoder, what_an_adapter_needs
 
 STEPS = (1, 1, 3, 1)
@@ -151,8 +152,10 @@ class Comparison:
                 self._same(*place, made, trace.outputs[i], real)
             x = made
             now.append(kv)
-        self._same("norm", "the final norm", self.decoder.norm(x), trace.normed, real)
-        self._same("logits", "the logits", self.decoder.logits(x), expected, real)
+        normed = self.decoder.norm(x)
+        self._same("norm", "the final norm", normed, trace.normed, real)
+        logits = self.decoder.logits(normed if self.decoder.norm_every_pass else x)
+        self._same("logits", "the logits", logits, expected, real)
         return now
 
     def decode(self, ids: torch.Tensor, prefill: int, cache: DynamicCache) -> None:
@@ -248,9 +251,12 @@ class Comparison:
 
     def _fail(self, part: str, what: str, cause: Exception | None = None) -> NoReturn:
         family = self.lm.config.model_type
+        place = f"does not compute what the base computes: {self.where}{self.case}: {what}"
+        if family in BASES:
+            raise ValueError(f"{type(self.decoder).__name__} {place}. It must {NEEDS[part]}") from cause
         raise ValueError(
-            f"model_type={family!r} is not listed, and the plain adapter does not compute what the base computes: "
-            f"{self.where}{self.case}: {what}. An adapter must {NEEDS[part]}. {what_an_adapter_needs(family)}"
+            f"model_type={family!r} is not listed, and the plain adapter {place}. An adapter must {NEEDS[part]}. "
+            f"{what_an_adapter_needs(family)}"
         ) from cause
 
 

@@ -221,7 +221,9 @@ class Decoder:
         return self.final_norm(x)
 
     def head_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm, where the passes have not applied it: `[..., C]` to `[..., C]`."""
+        """What the head alone turns into logits, `[..., C]` to `[..., C]`: the final norm, where the passes have not
+        applied it, and what scales the logits.
+        """
         return x if self.norm_every_pass else self.norm(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

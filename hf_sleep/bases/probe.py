@@ -66,7 +66,7 @@ def require_probed(model_type: str, probed: dict[str, Any] | None) -> None:
 
 @torch.no_grad()
 def probe(lm: PreTrainedModel) -> Probe:
-    """Compare the plain adapter with a base of an unlisted family.
+    """Compare the plain adapter with a base of an unlisted family, or the adapter that is registered for it.
 
     Both read random tokens: several lengths at once, after a prefill through a cache, at far positions, and as a batch
     with pads; every stage must be equal bit for bit, in the base's dtype and on its device. Cached keys are shifted
@@ -74,7 +74,7 @@ def probe(lm: PreTrainedModel) -> Probe:
     base that are too long to be read past here are tried in a random copy of its class with short ones.
 
     Args:
-        lm: a causal LM. It is left as it was.
+        lm: a causal LM without linear-recurrent layers of its own. It is left as it was.
 
     Raises:
         ValueError: where the two first differ, by how much, and what an adapter needs.

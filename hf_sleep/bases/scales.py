@@ -15,8 +15,12 @@ class GraniteDecoder(Decoder):
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return super().embed(input_ids) * self.config.embedding_multiplier
 
+    def head_input(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) / self.config.logits_scaling
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return super().logits(x) / self.config.logits_scaling
+        # As the base rounds it.
+        return self.lm.get_output_embeddings()(self.norm(x)) / self.config.logits_scaling
 
 
 @register_base("cohere")
@@ -25,8 +29,11 @@ class CohereDecoder(Decoder):
 
     interleaved_rope = True
 
+    def head_input(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) * self.config.logit_scale
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return super().logits(x) * self.config.logit_scale
+        return self.lm.get_output_embeddings()(self.norm(x)) * self.config.logit_scale
 
 
 @register_base("cohere2")
