@@ -239,7 +239,7 @@ def test_blocks_that_are_frozen_and_add_something_are_no_mistake(monkeypatch):
 
 # Where they are fused, or those of the MLP are experts' parameters of three dimensions.
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-PROJECTIONS = dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss"), ATTENTION) | {
+OF_FAMILY = dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss"), ATTENTION) | {
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
     "glm4": ATTENTION | {"gate_up_proj", "down_proj"},
 }
@@ -261,7 +261,7 @@ def test_the_lora_config_trains_blocks_in_full_and_every_projection_of_the_base(
     assert any("embed_tokens" in name for name in in_full)
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in learns if ".lora_" in name}
     mlp = {"input_linear", "output_linear"} if family == "granitemoehybrid" else {"gate_proj", "up_proj", "down_proj"}
-    assert PROJECTIONS.get(family, ATTENTION | mlp) <= adapted
+    assert OF_FAMILY.get(family, ATTENTION | mlp) <= adapted
     assert all("_proj" in name for name in adapted - mlp)
     names = ("linear_attn", "mamba")
     linear = [(name, p) for name, p in model.get_base_model().lm.named_modules() if name.endswith(names)]
