@@ -135,6 +135,22 @@ def test_where_no_copy_can_be_made_the_report_says_so(monkeypatch):
     assert found.not_covered[-1] == left_open
 
 
+def test_a_copy_of_a_large_model_is_small():
+    with torch.device("meta"):
+        large = MistralForCausalLM(MistralConfig())
+    small, words = probe_module.miniature(large, Decoder.layer_kinds)
+    assert words == "2 of 32 layers, sliding_window=8 instead of 4096"
+    assert sum(parameter.numel() for parameter in small.parameters()) < 100_000
+    assert (large.config.num_hidden_layers, large.config.sliding_window) == (32, 4096)
+
+
+def test_rope_that_changes_with_the_length_is_left_open():
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert "keys shifted from where RoPE has other frequencies (rope_type='dynamic')" in (
+        probe(tiny(rope_parameters=dynamic)).not_covered
+    )
+
+
 # What is refused, and where it says the difference is.
 
 

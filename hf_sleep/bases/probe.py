@@ -84,6 +84,8 @@ def probe(lm: PreTrainedModel) -> Probe:
     with _evaluating(lm):
         covered, lengths = _compare_all(lm, decoder, LENGTHS, "")
     open_questions = [f"windows of more than {max(lengths)} tokens that the config does not name as sliding_window"]
+    if (rope := (getattr(lm.config, "rope_parameters", None) or {}).get("rope_type")) in ("dynamic", "longrope"):
+        open_questions.append(f"keys shifted from where RoPE has other frequencies (rope_type={rope!r})")
     if flash:
         open_questions.append(f"pads and windows with attn_implementation={decoder.attention_implementation!r}")
     windows = {window for kind in decoder.kinds if (window := decoder.own_window(kind)) is not None}
