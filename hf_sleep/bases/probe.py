@@ -19,6 +19,7 @@ from .decoder import Decoder, decoder_for, what_an_adapter_needs
 from .miniature import miniature
 
 LENGTHS = (1, 6, 65)
+COPY_LENGTHS = (1, 6, 23, 201)
 FAR = 1 << 20
 """The largest position tried, of a base that addresses more."""
 
@@ -70,8 +71,8 @@ def probe(lm: PreTrainedModel) -> Probe:
 
     Both read random tokens: several lengths at once, after a prefill through a cache, at far positions, and as a batch
     with pads; every stage must be equal bit for bit, in the base's dtype and on its device. Cached keys are shifted
-    with `Decoder.shift_keys` and compared with RoPE at the other positions, in every layer. Attention windows of the
-    base that are too long to be read past here are tried in a random copy of its class with short ones.
+    with `Decoder.shift_keys` and compared with RoPE at the other positions, in every layer. The same is done in a small
+    random copy of the base's class, in which all that its config calls a window is short enough to be read past.
 
     Args:
         lm: a causal LM without linear-recurrent layers of its own. It is left as it was.
@@ -83,19 +84,19 @@ def probe(lm: PreTrainedModel) -> Probe:
     flash = decoder.attention_implementation not in ("sdpa", "eager")
     with _evaluating(lm):
         covered, lengths = _compare_all(lm, decoder, LENGTHS, "")
-    open_questions = [f"windows of more than {max(lengths)} tokens that the config does not name as sliding_window"]
+    open_questions = []
     if (rope := (getattr(lm.config, "rope_parameters", None) or {}).get("rope_type")) in ("dynamic", "longrope"):
         open_questions.append(f"keys shifted from where RoPE has other frequencies (rope_type={rope!r})")
     if flash:
         open_questions.append(f"pads and windows with attn_implementation={decoder.attention_implementation!r}")
-    windows = {window for kind in decoder.kinds if (window := decoder.own_window(kind)) is not None}
     small, changed = miniature(lm, decoder.layer_kinds)
     if small is not None:
         with _evaluating(small):
-            more, _ = _compare_all(small, decoder_for(small), (1, 6, 23, 201), f"random copy ({changed}): ")
+            more, read = _compare_all(small, decoder_for(small), COPY_LENGTHS, f"random copy ({changed}): ")
         covered += more
-    elif any(window >= max(lengths) for window in windows):
-        open_questions.append(f"tokens past the window of {max(windows)}: no small copy could be made ({changed})")
+        open_questions.append(f"windows of more than {max(read)} tokens that no field of the config names")
+    else:
+        open_questions.append(f"windows of more than {max(lengths)} tokens: no small copy could be made ({changed})")
     return Probe(
         model_type=lm.config.model_type,
         model_class=f"{type(lm).__module__}.{type(lm).__qualname__}",
