@@ -132,31 +132,35 @@ class Comparison:
         expected = trace.run(**arguments)
         if len(trace.inputs) != len(self.decoder.layers):
             self._fail("layer", f"the base called its {len(self.decoder.layers)} layers {len(trace.inputs)} times")
-        pasts = held or [None] * len(self.decoder.layers)
         x = self.decoder.embed(ids)
         self._same("embedding", "the embedding", x, trace.inputs[0], real)
-        ropes = {kind: self.decoder.rope(x, positions, kind) for kind in set(self.decoder.kinds)}
-        now: list[KV | None] = []
-        for i, kind in enumerate(self.decoder.kinds):
-            if i:
-                self._same("between", f"what the base does between layers {i - 1} and {i}", x, trace.inputs[i], real)
-            self._same_rope(i, ropes[kind], trace.settings[i].get("position_embeddings"))
-            past = pasts[i]
-            mask = self._mask(kind, x, 0 if past is None else past.keys.shape[-2], real)
-            made, kv = self._layer(i, x, ropes[kind], mask, past)
-            if not _equal(made, trace.outputs[i], real):
-                theirs = trace.settings[i].get("attention_mask")
-                again, _ = self._layer(i, x, ropes[kind], theirs, past)
-                is_mask = _equal(again, trace.outputs[i], real)
-                place = ("mask", f"the mask of layer {i}") if is_mask else ("layer", f"layer {i}")
-                self._same(*place, made, trace.outputs[i], real)
-            x = made
-            now.append(kv)
+        x, now = self._layers(trace, x, positions, held or [None] * len(self.decoder.layers), real)
         normed = self.decoder.norm(x)
         self._same("norm", "the final norm", normed, trace.normed, real)
         logits = self.decoder.logits(normed if self.decoder.norm_every_pass else x)
         self._same("logits", "the logits", logits, expected, real)
         return now
+
+    def _layers(
+        self, trace: Trace, x: torch.Tensor, positions: torch.Tensor, pasts: list[KV | None], real: torch.Tensor
+    ) -> tuple[torch.Tensor, list[KV | None]]:
+        """Run all layers after what they hold in `pasts`, and compare each with the base's."""
+        ropes = {kind: self.decoder.rope(x, positions, kind) for kind in set(self.decoder.kinds)}
+        now: list[KV | None] = []
+        for i, (kind, past) in enumerate(zip(self.decoder.kinds, pasts, strict=True)):
+            if i:
+                self._same("between", f"what the base does between layers {i - 1} and {i}", x, trace.inputs[i], real)
+            self._same_rope(i, ropes[kind], trace.settings[i].get("position_embeddings"))
+            mask = self._mask(kind, x, 0 if past is None else past.keys.shape[-2], real)
+            made, kv = self._layer(i, x, ropes[kind], mask, past)
+            if not _equal(made, trace.outputs[i], real):
+                again, _ = self._layer(i, x, ropes[kind], trace.settings[i].get("attention_mask"), past)
+                is_mask = _equal(again, trace.outputs[i], real)
+                place = ("mask", f"the mask of layer {i}") if is_mask else ("layer", f"layer {i}")
+                self._same(*place, made, trace.outputs[i], real)
+            x = made
+            now.append(kv)
+        return x, now
 
     def decode(self, ids: torch.Tensor, prefill: int, cache: DynamicCache) -> None:
         """Read `prefill` tokens through a cache, and the others after them in calls of `STEPS`."""
