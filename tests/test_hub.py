@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
+from hf_sleep.engine import Eviction
 from hf_sleep.hub import (
     REMOTE_CODE_FILE,
     CardFacts,
@@ -40,6 +41,7 @@ from hf_sleep.hub import (
     is_our_card,
     write_model_card,
 )
+from hf_sleep.registry import EVICTIONS
 from hf_sleep.training import SleepTrainer, SleepTrainingArguments
 
 # huggingface_hub's own upload to git-LFS, the way it takes without hf_xet.
@@ -518,6 +520,17 @@ def test_a_card_says_what_is_missing(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path, state_dict=trained)
     assert "were never trained" not in card_of(tmp_path).text
     assert "parameters added" not in card_of(tmp_path).text
+
+
+@pytest.mark.parametrize("usage", ["", "print(model)"])
+def test_a_card_s_snippet_imports_what_registers_the_eviction(usage, tmp_path, monkeypatch):
+    recent = type("Recent", (Eviction,), {"__module__": "my_package.evictions"})
+    monkeypatch.setitem(EVICTIONS._classes, "recent", recent)
+    model = make_model("llama", sleep_config("llama", eviction="recent"))
+    model.card = CardFacts(usage=usage)
+    model.save_pretrained(tmp_path)
+    lines = snippet(card_of(tmp_path).content).splitlines()
+    assert lines.count("import my_package.evictions  # registers what this model sleeps with") == 1
 
 
 def test_a_hybrid_without_blocks_has_a_card(tmp_path):

@@ -1,4 +1,4 @@
-"""What can be said of a base model: its id on the Hub, what its card says, and its licence."""
+"""Facts about a base model: its id on the Hub, its card, its licence."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ KNOWN_LICENCES = {
 
 
 def hub_id(source: str | None) -> str | None:
-    """`source` where it names a repository of the Hub, and not a folder of this machine."""
+    """Return `source` where it names a repository of the Hub, and `None` where it is a folder of this machine."""
     if source is None or source.count("/") != 1 or Path(source).exists():
         return None
     try:
@@ -41,20 +41,21 @@ def hub_id(source: str | None) -> str | None:
 
 
 def origin_of(folder: str | None) -> str | None:
-    """The Hub id of what a base in a folder was made from, by its own card."""
+    """Find the Hub id of what a base in a folder was made from, as the folder's card names it."""
     named = _base_card(folder, None, download=False, token=None).get("base_model")
     return hub_id(named) if isinstance(named, str) else None
 
 
 def base_licence(source: str | None, download: bool = False, token: str | bool | None = None) -> dict[str, Any]:
-    """The base's licence as model card metadata; empty where it is not known.
-
-    Read from the base's own card, in its folder or in the Hub's cache, else from what is known of a few bases.
+    """Read the base's licence from its own card, in its folder or in the Hub's cache; of a few bases it is known.
 
     Args:
         source: folder or Hub id of the base.
         download: ask the Hub for the card where it is not in the cache.
         token: for the Hub.
+
+    Returns:
+        Metadata for a model card; empty where the licence is not known.
     """
     repo_id = hub_id(source)
     card = _base_card(source, repo_id, download, token)

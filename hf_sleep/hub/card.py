@@ -1,4 +1,4 @@
-"""The model card, which writes itself."""
+"""A model card that writes itself."""
 
 import hashlib
 import os
@@ -22,16 +22,16 @@ METRIC_KEYS = ("task", "difficulty", "N", "accuracy", "chance", "n")
 
 @dataclass
 class CardFacts:
-    """What a model card says that the model itself does not know: assign it to `model.card`.
+    """Facts for a model card that the model itself does not know: assign them to `model.card`.
 
     Args:
         data: what the model was trained on, a sentence or two of Markdown.
         metrics: a dictionary per measured number, with `task`, `difficulty`, `N` (sleep passes), `accuracy` and
             `chance` (both from 0 to 1) and `n` (examples).
-        usage: Python that uses `model`, for one that reads no text; by default it continues a text.
+        usage: Python that uses `model`, for a model that reads no text. By default it continues a text.
 
     Raises:
-        ValueError: a metric that lacks something, or a share that is none.
+        ValueError: a metric with other keys, or a share that is not from 0 to 1.
     """
 
     data: str = ""
@@ -60,13 +60,13 @@ def model_card(
     download: bool = False,
     token: str | bool | None = None,
 ) -> ModelCard:
-    """The card of a sleeping model, from its config, its size and `model.card`.
+    """Make the card of a sleeping model, from its config, its size and `model.card`.
 
     Args:
         model: a `SleepForCausalLM`.
         name: the repository or folder that it is loaded from.
         untrained: say that its blocks add nothing yet.
-        tags: besides the model's own.
+        tags: to add to the model's own.
         download: ask the Hub for the base's licence where it is not known.
         token: for the Hub.
     """
@@ -94,6 +94,7 @@ def model_card(
         tokenizer=repo_id or name,
         usage=facts.usage.strip(),
         version=__version__,
+        imports=sorted({*config.sleep.to_dict().get("imports", {}).values()}),
         sleep=config.sleep,
         only_sleep=config.only_sleep,
         untrained=untrained,
@@ -125,7 +126,7 @@ def _base_text(config: SleepLMConfig, repo_id: str | None, origin: str | None) -
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """What the card's table shows."""
+    """Rows of the card's table."""
     sleep = model.config.sleep
     first, end = sleep.loop_layers
     base, added = model.lm.num_parameters(), sum(p.numel() for p in model.fast_weights.parameters())
@@ -145,7 +146,7 @@ def _settings(model: Any) -> dict[str, Any]:
     else:
         settings["fast-weight blocks"] = "the base's own recurrent layers"
     if base:
-        # Of weights that are sharded elsewhere there may be none here.
+        # Where weights are sharded, this process may hold none of them.
         settings["parameters added"] = f"{added:,} ({100 * added / base:.2f} % of the base's {base:,})"
     return settings
 
@@ -163,8 +164,8 @@ def _licence_text(config: SleepLMConfig, licence: Mapping[str, Any]) -> str:
         text = "None is stated here: the model was built from scratch, so it is for those who share it to choose one."
     elif "license" not in licence:
         text = (
-            "None is stated here, as the base model's licence is not known to the program that wrote this card. It "
-            "binds this model too: look it up before you use or share it."
+            "None is stated here, as the base model's licence is not known to the program that wrote this card. "
+            "It binds this model too: look it up before you use or share it."
         )
     else:
         known = licence.get("license_name") or licence["license"]
@@ -183,14 +184,14 @@ def _digest(text: str) -> str:
 
 
 def is_our_card(text: str) -> bool:
-    """Whether a README is a card of ours that nobody has changed."""
+    """Whether a README is a card that this package wrote and nobody has changed."""
     text = text.replace("\r\n", "\n")
     mark = MARK_PATTERN.search(text)
     return mark is not None and mark[1] == _digest(text[: mark.start()])
 
 
 def write_model_card(model: Any, folder: str | os.PathLike, name: str | None = None, **kwargs: Any) -> bool:
-    """Write a checkpoint's README.md, unless there is one that a person wrote or changed.
+    """Write a checkpoint's README.md. One that a person wrote or changed stays.
 
     Args:
         model: a `SleepForCausalLM`.

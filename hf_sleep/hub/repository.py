@@ -1,4 +1,4 @@
-"""What a checkpoint needs to be loaded from the Hub: a file that points to this package, and the push."""
+"""Pushing a checkpoint to the Hub, with the file that leads a loader to this package."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def write_remote_code(folder: str | os.PathLike) -> None:
 
 
 def forget_folders(folder: str | os.PathLike) -> None:
-    """Leave folders of this machine out of a checkpoint's config.json: they mean nothing elsewhere."""
+    """Take folders of this machine out of a checkpoint's config.json: they mean nothing elsewhere."""
     path = Path(folder, "config.json")
     if not path.exists():
         return  # an adapter alone
@@ -57,7 +57,7 @@ def forget_folders(folder: str | os.PathLike) -> None:
 
 
 class Repository:
-    """A model repository on the Hub, made where there is none.
+    """Model repository on the Hub, made where there is none.
 
     Args:
         repo_id: `"name"` or `"owner/name"`.
@@ -89,7 +89,7 @@ class Repository:
         return not is_our_card(Path(path).read_text(encoding="utf-8", errors="replace"))
 
     def push(self, folder: str | os.PathLike, message: str | None = None, description: str | None = None) -> CommitInfo:
-        """Upload a checkpoint; weight files of an earlier one go, a card that a person wrote stays.
+        """Upload a checkpoint. Weight files of an earlier one go; a card that a person wrote stays.
 
         Args:
             folder: what `save_pretrained` wrote.
