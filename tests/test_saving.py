@@ -16,7 +16,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_laws import assert_close
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import initialization as init
 
 from hf_sleep import (
     AutoModelForSleepLM,
@@ -27,6 +29,8 @@ from hf_sleep import (
     SleepState,
     registry,
 )
+from hf_sleep.engine import Between
+from hf_sleep.registry import BETWEEN
 
 L = 6
 LOADERS = (SleepForCausalLM, AutoModelForSleepLM, AutoModelForCausalLM)
@@ -148,6 +152,34 @@ def test_it_is_made_with_from_pretrained():
 
 
 # New weights only.
+
+
+class Shift(Between):
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size)
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        init.zeros_(self.bias)
+
+    def forward(self, z: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
+        return z + self.bias
+
+
+@pytest.mark.parametrize("only_sleep", [False, True])
+def test_what_lies_between_passes_is_saved_with_the_blocks(only_sleep, bases, tmp_path, monkeypatch):
+    monkeypatch.setitem(BETWEEN._classes, "shift", Shift)
+    sleep = sleep_config("llama", window_size=L, sleep_passes=3, between="shift")
+    model = retrofit(bases("llama"), sleep=sleep)
+    assert not model.between.bias.any()
+    plain = model(IDS).logits
+    nn.init.normal_(model.between.bias)
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    assert "between.bias" in stored(tmp_path)
+    loaded = SleepForCausalLM.from_pretrained(tmp_path)
+    assert_same_weights(loaded, model)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert not torch.equal(loaded(IDS).logits, plain)
 
 
 @pytest.mark.parametrize("shards", [None, "5KB"])

@@ -1,4 +1,4 @@
-"""What a sleeping model and its fast-weight blocks alone have in common."""
+"""Building blocks that a sleeping model and its new weights alone have in common."""
 
 import hashlib
 from typing import Any
@@ -15,7 +15,7 @@ from ..registry import BETWEEN
 
 
 class SleepPreTrainedModel(PreTrainedModel):
-    """What a sleeping model and its blocks alone share: how they are loaded and initialised."""
+    """Base class of a sleeping model and of its new weights alone: how they are built, loaded and initialised."""
 
     config_class = SleepLMConfig
     fp32_parameters: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ class SleepPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
 
     def make_blocks(self) -> nn.ModuleDict:
-        """The config's blocks, by the decoder layer that they follow; their weights are anything."""
+        """Make the config's blocks, by the decoder layer that they follow. Their weights are anything."""
         sleep, text = self.config.sleep, self.config.text_config
         return nn.ModuleDict(
             {
@@ -53,7 +53,7 @@ class SleepPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *self.fp32_parameters}
 
     def make_between(self) -> Between:
-        """What happens between two passes, as the config says."""
+        """Make the step between two passes that the config names."""
         return BETWEEN[self.config.sleep.between](self.config.text_config.hidden_size)
 
     @classmethod
@@ -76,19 +76,22 @@ class SleepPreTrainedModel(PreTrainedModel):
 
 
 def draw_blocks(model: Any, base: PreTrainedModel) -> None:
-    """Give a model's blocks, which are on the meta device, the fresh weights that follow from its base.
+    """Give a model's new weights, which are on the meta device, the values that follow from its base.
 
-    The same base gets the same blocks, in every process and on any device, or no memory of a fresh retrofit could be
+    The same base gets the same ones, in every process and on any device, or no memory of a fresh retrofit could be
     kept. They are drawn in float64, since how float32 is drawn depends on the processor.
     """
     std, high = getattr(base.config, "initializer_range", 0.02), torch.promote_types(base.dtype, torch.float32)
-    for layer, block in model.fast_weights.items():
-        seed = hashlib.sha256(f"{model.config.base_fingerprint}/{layer}".encode()).digest()
-        block.to_empty(device="cpu").double()
-        block.init_weights(std, torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8])))
-        for name, parameter in block.named_parameters():
-            is_high = name.rpartition(".")[2] in block.fp32_parameters
-            parameter.data = parameter.data.float().to(high if is_high else base.dtype)
-        block.to(compute_device(model.decoder.layers[int(layer)]))
-        for module in block.modules():
-            module._is_hf_initialized = True
+    layers, last = model.decoder.layers, model.config.sleep.loop_layers[1] - 1
+    drawn = [(name, block, layers[int(name)]) for name, block in model.fast_weights.items()]
+    for name, module, beside in [*drawn, ("between", model.between, layers[last])]:
+        seed = hashlib.sha256(f"{model.config.base_fingerprint}/{name}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8]))
+        module.to_empty(device="cpu").double()
+        module.init_weights(*([generator] if module is model.between else [std, generator]))
+        fp32 = getattr(module, "fp32_parameters", ())
+        for key, parameter in module.named_parameters():
+            parameter.data = parameter.data.float().to(high if key.rpartition(".")[2] in fp32 else base.dtype)
+        module.to(compute_device(beside))
+        for part in module.modules():
+            part._is_hf_initialized = True
