@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .engine import Eviction
 
 REGISTRIES = {"eviction": EVICTIONS, "between": BETWEEN, "block_kind": BLOCKS}
-"""Where the fields that name a class find it."""
+"""Registries of the fields that name a class."""
 
 
 def _setting(default: Any, help: str) -> Any:
-    """A field of `SleepConfig` that carries its help, for the docstring, the command line and the docs."""
+    """Make a field that carries its help, for the docstring, the command line and the docs."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -35,10 +35,10 @@ class SleepConfig:
 
     Args:
         {settings}
-        version: The hf_sleep version that wrote this config.
+        version: Release of hf_sleep that wrote this config.
 
     Raises:
-        ValueError: naming the field, what it got and what would work.
+        ValueError: a setting that cannot work, with the field, its value and what would work.
 
     Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1 and §5.
     """
@@ -51,7 +51,7 @@ class SleepConfig:
     )
     eviction: str = _setting(
         "hard",
-        "What a sleep drops of the KV cache. hard: all of the window's. sliding: all but that of the last L - 1 "
+        "KV that a sleep drops. hard: all of the window's. sliding: all but that of the last L - 1 "
         "tokens, and attention spans the last L.",
     )
     num_sink_tokens: int = _setting(
@@ -63,9 +63,9 @@ class SleepConfig:
         "range that the base's family names.",
     )
     between: str = _setting(
-        "none", "What happens between two passes. none: nothing, as in the paper. Others are registered."
+        "none", "Step between two passes. none: a pass reads what the last one wrote, as in the paper."
     )
-    block_kind: str = _setting("jet", "Kind of the injected blocks: jet or gated_delta_net.")
+    block_kind: str = _setting("jet", "Kind of the injected blocks: gated_delta_net or jet.")
     num_blocks: int | None = _setting(
         None,
         "Fast-weight blocks to inject, evenly spaced. By default one per four layers, and none into a base with "
@@ -93,7 +93,7 @@ class SleepConfig:
                 row = require_int_tuple(f"SleepConfig.{name}", getattr(self, name))
                 object.__setattr__(self, name, row)  # a frozen dataclass has no other way
         for name, registry in REGISTRIES.items():
-            if getattr(self, name) not in registry:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in registry:
                 raise self._wrong(name, registry.what_works())
         if self.num_sink_tokens >= self.window_size:
             raise self._wrong("num_sink_tokens", f"it must be less than window_size={self.window_size}")
@@ -112,7 +112,7 @@ class SleepConfig:
         return reject(f"SleepConfig.{field}", getattr(self, field), what_works)
 
     def make_eviction(self) -> "Eviction":
-        """The eviction that these settings name."""
+        """Make the eviction that these settings name."""
         return EVICTIONS[self.eviction](self.window_size, self.num_sink_tokens)
 
     @property
@@ -121,7 +121,7 @@ class SleepConfig:
         return self.make_eviction().max_position
 
     def resolve(self, text_config: "PreTrainedConfig") -> "SleepConfig":
-        """Fill what was left open from the base's config and check that the two fit together.
+        """Fill what was left open from the base's config, and check that the two fit together.
 
         Args:
             text_config: config of the base decoder.
@@ -130,7 +130,7 @@ class SleepConfig:
             A new `SleepConfig` in which `loop_layers`, `block_layers` and the blocks' sizes are numbers.
 
         Raises:
-            ValueError: where the base cannot be run as asked.
+            ValueError: settings with which this base cannot be run.
         """
         from .bases import adapter_of  # needs torch
 
@@ -160,7 +160,7 @@ class SleepConfig:
         )
 
     def _place_blocks(self, depth: int, has_fast_weights: bool) -> tuple[int, ...]:
-        """The layers after which blocks are injected into a base of `depth` layers."""
+        """Choose the layers after which blocks are injected into a base of `depth` layers."""
         layers = self.block_layers
         if layers is None:
             default = 0 if has_fast_weights else max(1, depth // 4)
@@ -179,7 +179,7 @@ class SleepConfig:
         return layers
 
     def _check_positions(self, addressable: int | None) -> None:
-        """Whether the base has a position number for every token of a window and what is retained before it."""
+        """Raise `ValueError` unless the base has a position number for every token of a window and those before it."""
         if addressable is None or self.max_position <= addressable:
             return
         needs = (
@@ -197,11 +197,11 @@ class SleepConfig:
         raise self._wrong("num_sink_tokens", f"{needs}: use at most {most}")
 
     def changed(self, asked: "SleepConfig | dict[str, Any]") -> "SleepConfig":
-        """A checkpoint's settings with those that were asked for; its blocks are what they are.
+        """Return a checkpoint's settings with those that were asked for. Its blocks are what they are.
 
         Args:
-            asked: a dictionary sets just those fields; of a `SleepConfig` the blocks' fields count only where they are
-                not the defaults.
+            asked: settings. A dictionary sets just the fields that it names. Of a `SleepConfig` every field is set, but
+                of the blocks' fields only those that are not the defaults.
 
         Raises:
             ValueError: other blocks than the checkpoint's.
@@ -217,7 +217,7 @@ class SleepConfig:
         return dataclasses.replace(self, **asked)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` reads it back.
+        """Make a JSON-ready dictionary; `from_dict` reads it back.
 
         Where a field names a class from outside this package, `imports` says which module registers it.
         """
@@ -229,10 +229,10 @@ class SleepConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SleepConfig":
-        """Read what `to_dict` wrote; fields of a newer hf_sleep are named in a warning and left out.
+        """Read what `to_dict` wrote. Fields of a newer hf_sleep are named in a warning and left out.
 
         Raises:
-            ValueError: what cannot work, or a name whose module has not been imported here.
+            ValueError: a setting that cannot work, or a name whose module has not been imported here.
         """
         values = dict(values)
         modules = values.pop("imports", {})

@@ -1,4 +1,4 @@
-"""What a sleeping model is made of: the config that its checkpoint carries."""
+"""Config of a sleeping model, which its checkpoint carries."""
 
 import dataclasses
 import os
@@ -12,16 +12,16 @@ from .registry import BASES
 
 
 def check_model_type(model_type: str | None, source: Any) -> None:
-    """Raise `ValueError` unless `model_type` is a sleeping model's; `source` is where it was found."""
+    """Raise `ValueError` unless `model_type`, which was found in `source`, is a sleeping model's."""
     if model_type != SleepLMConfig.model_type:
         raise ValueError(
-            f"{source} has model_type={model_type!r}, so it is no checkpoint of a sleeping model. To retrofit a base "
-            "model, use AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))"
+            f"{source} has model_type={model_type!r}, so it is no checkpoint of a sleeping model. "
+            "To retrofit a base model, use AutoModelForSleepLM.from_pretrained(name_or_path, sleep=SleepConfig(...))"
         )
 
 
 def check_keywords(kwargs: Mapping[str, Any], text: PreTrainedConfig) -> None:
-    """Raise `TypeError` where a keyword of from_pretrained is a setting of the sleep, and no field of the base's."""
+    """Raise `TypeError` where a keyword of from_pretrained is a setting of the sleep and no field of the base's."""
     for field in dataclasses.fields(SleepConfig):
         if field.name in kwargs and not hasattr(text, field.name):
             raise TypeError(
@@ -35,11 +35,11 @@ class SleepLMConfig(PreTrainedConfig):
     Args:
         text_config: the base decoder's config, or its dictionary.
         sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
-        base_model_name_or_path: where the base came from, for cards and for reloading a checkpoint of new weights
-            only.
-        only_sleep: the checkpoint holds the fast-weight blocks alone, the base is loaded from
+        base_model_name_or_path: folder or Hub id of the base, for cards, and to load an only-sleep checkpoint.
+        base_fingerprint: digest of the base's weights, by which an only-sleep checkpoint knows its base again.
+        only_sleep: whether the checkpoint holds the new weights alone, and the base is loaded from
             `base_model_name_or_path`.
-        use_cache: whether a forward returns a cache where it is not said.
+        use_cache: whether a forward that is not told returns a cache.
         probed: of a base of an unlisted family, what was found equal when it was retrofitted (`hf_sleep.bases.Probe`).
         base_module: the module that registered the base's family from outside of this package.
     """
@@ -67,7 +67,7 @@ class SleepLMConfig(PreTrainedConfig):
             self._check_imported(model_type)
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(
-                    f"SleepLMConfig.text_config has model_type={model_type!r}, which this transformers does not know; "
+                    f"SleepLMConfig.text_config has model_type={model_type!r}, which this transformers does not know: "
                     "it must be the config of a decoder, with its model_type. Of a model with code of its own, import "
                     "what registers it with AutoConfig and AutoModelForCausalLM first"
                 )
@@ -94,7 +94,7 @@ class SleepLMConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A checkpoint's config.json as a dictionary, and the keywords left over.
+        """Read a checkpoint's config.json as a dictionary, and return the keywords that are left.
 
         Raises:
             ValueError: the config of another kind of model.
@@ -105,18 +105,18 @@ class SleepLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read what `to_dict` wrote; a keyword sets a field, `sleep` and `text_config` just what they name of it."""
+        """Read what `to_dict` wrote. A keyword sets a field; `sleep` and `text_config` set just what they name."""
         asked = kwargs.pop("sleep", None) or {}
         choices = {f"_{key}": kwargs[key] for key in ("attn_implementation", "experts_implementation") if key in kwargs}
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         for name, choice in choices.items():
-            setattr(config, name, choice)  # again, for a text_config that came after it
+            setattr(config, name, choice)  # again: a text_config that was set after it has not got it
         config.sleep = config.sleep.changed(asked).resolve(config.text_config)
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionary written to config.json, with `sleep` as plain values."""
+        """Make the dictionary that is written to config.json, with `sleep` as plain values."""
         output = super().to_dict()
         output["sleep"] = self.sleep.to_dict()
         for name in ("probed", "base_module"):

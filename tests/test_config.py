@@ -26,6 +26,7 @@ IMPOSSIBLE = {
     "passes True": ({"sleep_passes": True}, "sleep_passes=True", "integer of at least 1", {"sleep_passes": 1}),
     "passes str": ({"sleep_passes": "2"}, "sleep_passes='2'", "integer of at least 1", {"sleep_passes": 2}),
     "eviction": ({"eviction": "soft"}, "eviction='soft'", "hard, sliding", {"eviction": "sliding"}),
+    "eviction list": ({"eviction": ["hard"]}, "eviction=['hard']", "hard, sliding", {"eviction": "hard"}),
     "sinks -1": ({"num_sink_tokens": -1}, "num_sink_tokens=-1", "at least 0", {"num_sink_tokens": 0}),
     "sinks = window": (
         {"window_size": 4, "num_sink_tokens": 4},
@@ -220,11 +221,15 @@ def test_fields_of_a_newer_version_are_named_and_ignored(tmp_path):
 OUTSIDE = """
 import torch
 from hf_sleep.engine import Between, Eviction
-from hf_sleep.registry import register_between, register_eviction
+from hf_sleep.registry import register_between, register_block, register_eviction
 
 @register_eviction("recent")
 class Recent(Eviction):
     recent = 2
+
+@register_block("kept")
+class Kept(torch.nn.Module):
+    pass
 
 @register_between("halve")
 class Halve(Between):
@@ -239,7 +244,7 @@ if len(sys.argv) > 2:
     __import__(sys.argv[2])
 try:
     sleep = AutoConfig.from_pretrained(sys.argv[1]).sleep
-    print(sleep.eviction, sleep.between, sleep.make_eviction().recent)
+    print(sleep.eviction, sleep.between, sleep.block_kind, sleep.make_eviction().recent)
 except ValueError as error:
     print(error)
 """
@@ -257,10 +262,10 @@ def test_a_name_from_outside_survives_its_file_and_says_what_to_import(tmp_path)
         command = [sys.executable, "-c", code, str(tmp_path / "saved"), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    run(save, '{"eviction": "recent", "between": "halve"}')
+    run(save, '{"eviction": "recent", "between": "halve", "block_kind": "kept"}')
     written = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))["sleep"]
-    assert written["imports"] == {"eviction": "my_package.sleeps", "between": "my_package.sleeps"}
-    assert run(LOAD, "my_package.sleeps") == "recent halve 2"
+    assert written["imports"] == dict.fromkeys(("eviction", "between", "block_kind"), "my_package.sleeps")
+    assert run(LOAD, "my_package.sleeps") == "recent halve kept 2"
     assert run(LOAD) == (
         "SleepConfig.eviction='recent' cannot work: it was registered by my_package.sleeps, which has not been "
         "imported here: import my_package.sleeps first"
