@@ -1,8 +1,8 @@
-"""The front door of the `hf-sleep` command, beside the package and not in it.
+"""Front door of the `hf-sleep` command, beside the package and not in it.
 
 To import anything of `hf_sleep` is to run its `__init__`, which registers its models with transformers' auto classes
 and so imports torch and transformers: seconds, for a line of help. Here the package stands in `sys.modules` without its
-`__init__` having run; its modules are imported as ever, those that need torch only by the commands that use them.
+`__init__` having run. Its modules are imported as ever, and those that need torch only by the commands that use them.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The `hf-sleep` command. Torch and transformers are imported where they are used: help needs neither."""
+"""Command `hf-sleep`. Torch and transformers are imported where they are used: help needs neither."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -102,7 +102,7 @@ def info(
     """Show what MODEL would be with sleep: layers, parameters, memory and cost.
 
     Reads its config.json alone, so a model of any size takes seconds. A setting that is left out is the library's
-    default, or what a sleep checkpoint was saved with; of a sleep checkpoint the blocks cannot be changed.
+    default, or what a sleep checkpoint was saved with. The blocks of a sleep checkpoint cannot be changed.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -129,7 +129,7 @@ def info(
 
 
 def _view(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
-    """What `hf-sleep info` shows, part by part, in lines of `width` characters."""
+    """Render what `hf-sleep info` shows, part by part, in lines of `width` characters."""
     base = f"{found.model_type}, {sum(found.layer_kinds.values())} layers of width {found.hidden_size:,}"
     yield Text(found.name or found.model_type, "bold")
     yield f"{'sleep checkpoint of ' if found.is_checkpoint else ''}{base}, {_parameters(found.parameters)}"
@@ -167,14 +167,14 @@ def _number(count: int | None, thing: str, things: str = "") -> str:
 
 
 def _strip(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
-    """All layers in running order, a letter each, in groups of ten, with `=` under what loops; and the legend."""
+    """Render all layers in running order, a letter each, in groups of ten, with `=` under what loops; and a legend."""
     sleep, groups = found.sleep, []
     for i, slot in enumerate(found.slots):
         if slot.role in ("attention", "linear") and slot.index % 10 == 0:
             groups.append(["", ""])
         groups[-1][0] += "+" if slot.role == "block" else (slot.kind or slot.role)[0].upper()
         groups[-1][1] += "=" if i in found.loop else " "
-    # A block behind each of ten layers makes a group twice as long.
+    # A block after each of ten layers makes a group twice as long.
     per_row = max(1, (width - 7) // (1 + max(len(marks) for marks, _ in groups)))
     for first in range(0, len(groups), per_row):
         marks, loops = zip(*groups[first : first + per_row], strict=True)
@@ -217,7 +217,7 @@ def _parameters(count: int) -> str:
 
 
 def _short(count: float, unit: str, prefixes: str = "kMGTPE") -> str:
-    """Three digits and a decimal prefix: `11.8 MB`."""
+    """Write a number with three digits and a decimal prefix: `11.8 MB`."""
     power = 0
     while count >= 999.5:
         count, power = count / 1000, power + 1
