@@ -83,6 +83,8 @@ class Registry:
         Args:
             module: the one that registered it where it was saved, if that is known.
         """
+        if module == "__main__":
+            return "it was registered by the script or notebook that saved it: run that definition here first"
         if module is not None:
             return f"it was registered by {module}, which has not been imported here: import {module} first"
         return f"it must be one of {', '.join(self.names())}, or be registered with hf_sleep.{self.decorator} first"

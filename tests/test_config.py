@@ -273,6 +273,12 @@ def test_a_name_from_outside_survives_its_file_and_says_what_to_import(tmp_path)
     assert "imports" not in FULL.to_dict()
 
 
+def test_a_name_that_a_script_registered_says_so():
+    values = FULL.to_dict() | {"eviction": "recent", "imports": {"eviction": "__main__"}}
+    with pytest.raises(ValueError, match=r"eviction='recent' cannot work: .* script or notebook that saved it"):
+        SleepConfig.from_dict(values)
+
+
 def test_an_impossible_value_in_a_file_is_refused_as_in_code(tmp_path):
     SleepLMConfig(text_config=make_base("llama").config, sleep=FULL).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
