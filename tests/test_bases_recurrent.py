@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import RELATIVES, exact, make_base, make_model, sleep_config, tokens
+from helpers import L, T, assert_close, assert_loss_and_gradients, assert_same_states, sleeper, states, stream
 from reference import reference_run
-from test_laws import L, T, assert_close, assert_loss_and_gradients, assert_same_states, sleeper, states, stream
 from transformers import AutoConfig
 
 from hf_sleep import SleepConfig, SleepForCausalLM

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import MORE_FAMILIES, exact, make_base, make_model, sleep_config, tokens
+from helpers import assert_close, assert_same_states, states, stream
 from reference import reference_run
-from test_laws import assert_close, assert_same_states, states, stream
 
 from hf_sleep.bases.probe import probe
 

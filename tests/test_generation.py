@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from families import VOCAB, make_base, make_model, sleep_config, tokens
+from helpers import pad
 from packaging.version import Version
-from test_laws import pad
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 from transformers.generation import BaseStreamer

@@ -4,25 +4,33 @@ Everything runs in float64 with the stock modules' float32 casts lifted (`famili
 summation agree to 1e-9 and any real difference shows; law 3 is also held in plain float32, and law 1 bit for bit.
 """
 
-import dataclasses
 import itertools
 import warnings
 
 import pytest
 import torch
 from families import BITWISE, FAMILIES, HYBRIDS, exact, make_base, make_model, sleep_config, tokens
-from reference import reference_loss, reference_run
-from test_reference import flat_logits
+from helpers import (
+    EVICTIONS,
+    L,
+    T,
+    assert_close,
+    assert_loss_and_gradients,
+    assert_same_states,
+    flat_logits,
+    labelled_batch,
+    loss_and_gradients,
+    pad,
+    sleeper,
+    states,
+    stream,
+    with_memory_of,
+)
+from reference import reference_run
 from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.compat import CHECKPOINTING
-from hf_sleep.memory import FastWeights
-
-L = 5
-T = 3 * L + 2
-EVICTIONS = {"hard": ("hard", 0), "hard+sink": ("hard", 2), "sliding": ("sliding", 0), "sliding+sink": ("sliding", 2)}
-LOOPS = {"all": (0, 4), "1-3": (1, 3), "0-2": (0, 2)}
 
 FULL = [f"{f}/{e}/N{n}/all" for f, e, n in itertools.product(FAMILIES, EVICTIONS, (1, 2, 3, 4))]
 LOOPED = [
@@ -36,74 +44,6 @@ SPREAD = [
     f"{f}/{e}/N{1 + (i + j + 1) % 4}/{('all', '1-3', '0-2')[(i + j) % 3]}"
     for (i, f), (j, e) in itertools.product(enumerate(FAMILIES), enumerate(EVICTIONS))
 ]
-
-
-def sleeper(case: str, dtype: torch.dtype = torch.double, **fields) -> SleepForCausalLM:
-    """The trained model of a case `family/eviction/N/loop`."""
-    family, eviction, passes, loop = case.split("/")
-    style, sinks = EVICTIONS[eviction]
-    kind = "gated_delta_net" if passes in ("N2", "N4") else "jet"
-    defaults = {
-        "window_size": L,
-        "eviction": style,
-        "num_sink_tokens": sinks,
-        "sleep_passes": int(passes[1:]),
-        "loop_layers": LOOPS[loop],
-        "block_kind": kind,
-    }
-    return make_model(family, sleep_config(family, **(defaults | fields)), dtype)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9, what: str = "") -> None:
-    """Largest difference within `tolerance` of 1, or of the largest value where that is larger."""
-    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
-    if not expected.numel():
-        return
-    error = (actual - expected).abs().max().item()
-    assert error <= tolerance * max(1.0, expected.abs().max().item()), f"{what}: off by {error:.2e}"
-
-
-def states(model: SleepForCausalLM, cache: SleepCache, row: int = 0) -> dict:
-    """One row's fast weights in the names of the reference: `(S, tail)` of every linear layer and injected block."""
-    slots, types = [], getattr(model.lm.config, "layer_types", None) or ()
-    for i in range(model.lm.config.num_hidden_layers):
-        slots.append(f"layers.{i}" if i < len(types) and types[i] == "linear_attention" else None)
-        if str(i) in model.fast_weights:
-            slots.append(f"blocks.{i}")
-    assert {s for s, name in enumerate(slots) if name} == set(cache.fast_slots)
-    return {name: tuple(t[row] for t in cache.memory.carried[s]) for s, name in enumerate(slots) if name}
-
-
-def assert_same_states(actual: dict, expected: dict, tolerance: float = 1e-9) -> None:
-    assert actual.keys() == expected.keys()
-    for name, (S, tail) in expected.items():
-        assert_close(actual[name][0], S, tolerance, f"S of {name}")
-        # The oldest of the W inputs is never read again.
-        assert_close(actual[name][1][:, 1:], tail[:, 1:], tolerance, f"tail of {name}")
-
-
-def stream(model, ids, sizes, cache=None, **kwargs):
-    """Read `[B, T]` in calls of the given numbers of columns: the logits, and the cache."""
-    cache = SleepCache() if cache is None else cache
-    mask = kwargs.pop("attention_mask", None)
-    logits, first = [], 0
-    for size in sizes:
-        part = slice(first, first + size)
-        kwargs["attention_mask"] = None if mask is None else mask[:, part]
-        logits.append(model(ids[:, part], cache=cache, **kwargs).logits)
-        first += size
-    assert first == ids.shape[1]
-    return torch.cat(logits, 1), cache
-
-
-def pad(rows, side, poison=7):
-    """Rows of different lengths as `[B, T]` ids and mask, pads on `side` holding a token that would matter if read."""
-    width = max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), width), poison), torch.zeros(len(rows), width, dtype=torch.long)
-    for r, row in enumerate(rows):
-        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[r, columns], mask[r, columns] = row, 1
-    return ids, mask
 
 
 # 1. Identity.
@@ -192,36 +132,6 @@ def test_2_one_pass_is_the_plain_hybrid(family, eviction):
 
 
 # 3. Algorithm 1.
-
-
-def loss_and_gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return loss.detach(), {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
-
-
-def labelled_batch(case: str):
-    """Two rows, one padded; labels everywhere or, for N = 2 and 3, in the last window alone as in Algorithm 1."""
-    rows = [tokens(T), tokens(L + 3, 2)]
-    labels = [row.clone() for row in rows]
-    for row in labels:
-        row[: len(row) - 2 if case.split("/")[2] in ("N2", "N3") else 2] = -100
-    ids, mask = pad(rows, "right")
-    padded = torch.where(mask.bool(), pad(labels, "right")[0], -100)
-    return rows, labels, {"input_ids": ids, "attention_mask": mask, "labels": padded}
-
-
-def assert_loss_and_gradients(case, model, tolerance, backprop_windows=None):
-    rows, labels, batch = labelled_batch(case)
-    model.train()
-    loss, gradients = loss_and_gradients(model, model(**batch, backprop_windows=backprop_windows).loss)
-    expected_loss, expected = loss_and_gradients(model, reference_loss(model, rows, labels, backprop_windows))
-    assert_close(loss, expected_loss, tolerance, "loss")
-    assert any(g.abs().max() > 1e-3 for name, g in expected.items() if name.startswith("fast_weights"))
-    for name, gradient in expected.items():
-        assert_close(gradients[name], gradient, tolerance, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("case", FULL + LOOPED)
@@ -360,19 +270,6 @@ def test_5_a_row_is_what_it_is_alone(case, side):
 
 
 # 6. Only memory crosses.
-
-
-def with_memory_of(cache: SleepCache, other: SleepCache | None) -> SleepCache:
-    """`cache`, with the fast weights of `other`, or zeros."""
-    fork = cache.fork()
-    layers = list(cache.memory.carried)
-    for slot in cache.fast_slots:
-        layers[slot] = (
-            FastWeights(*map(torch.zeros_like, layers[slot])) if other is None else other.memory.carried[slot]
-        )
-    start = {slot: layers[slot] for slot in cache.memory.window_start}
-    fork.memory = dataclasses.replace(cache.memory, carried=tuple(layers), window_start=start)
-    return fork
 
 
 @pytest.mark.parametrize("case", [case for case in FULL if "/hard/" in case and case.split("/")[2] in ("N1", "N3")])

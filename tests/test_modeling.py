@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from families import VOCAB, make_base, make_model, sleep_config, tokens
-from test_laws import assert_close, pad
+from helpers import assert_close, pad
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
-from hf_sleep.modeling import causal_lm as modeling_module
 from hf_sleep.compat import CACHE, CHECKPOINTING
+from hf_sleep.modeling import causal_lm as modeling_module
 
 L = 5
 

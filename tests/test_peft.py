@@ -7,10 +7,9 @@ import pytest
 import torch
 import transformers.integrations.peft
 from families import FAMILIES, make_base, make_model, randomize, sleep_config, tokens
+from helpers import assert_close, assert_same_weights
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from test_laws import assert_close
-from test_saving import assert_same_weights
 from transformers import Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState, sleep_lora_config

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from families import exact, make_model, sleep_config, tokens
+from helpers import assert_close, assert_same_states, states
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import reference_run
-from test_laws import assert_close, assert_same_states, states
 
 from hf_sleep import SleepCache, SleepState
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from families import make_base, make_model, sleep_config
 from safetensors.torch import load_file
-from test_hub import hub  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -207,7 +206,7 @@ def test_two_processes_train_as_one_and_write_once(recipe, base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-def test_a_recipe_pushes_what_it_trained(recipe, base, hub, tmp_path):  # noqa: F811
+def test_a_recipe_pushes_what_it_trained(recipe, base, hub, tmp_path):
     options = ["--model", base, *QUICK, "--push-to-hub", "me/gsm", "--output", str(tmp_path / "run")]
     recipe("finetune_gsm").main(options)
     model = AutoModelForSleepLM.from_pretrained("me/gsm")

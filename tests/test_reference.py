@@ -2,59 +2,13 @@
 
 import importlib
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, exact, make_stand_in, sleep_config, tokens
-from reference import as_implemented, convolve, delta_rule, reference_logits, reference_loss, reference_run, run_block
-
-
-@contextmanager
-def blocks_hooked(model):
-    """The base runs its fast-weight blocks behind its own layers, from empty memory, over all it is given."""
-    handles = []
-    for i, block in model.fast_weights.items():
-        m = block.mixer
-        like = {"dtype": model.lm.dtype}
-        S, tail = (
-            torch.zeros(m.num_heads, m.head_dim, m.head_v_dim, **like),
-            torch.zeros(m.conv_dim, m.conv_size, **like),
-        )
-
-        def behind(layer, args, output, block=block, S=S, tail=tail):
-            return run_block(block, output[0], S, tail)[0][None]
-
-        handles.append(model.lm.model.layers[int(i)].register_forward_hook(behind))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def flat_logits(model, ids, positions, may_see):
-    """N = 1 in one go: the base's own forward with a mask of its own, `may_see(query, key)` by index."""
-    config = model.lm.config
-    types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    masks = {"linear_attention": None}
-    for name in types - {"linear_attention"}:
-        limited = window is not None and (name == "sliding_attention" or not getattr(config, "layer_types", None))
-        rows = [
-            [
-                j <= i and may_see(i, j) and not (limited and positions[i] - positions[j] >= window)
-                for j in range(len(ids))
-            ]
-            for i in range(len(ids))
-        ]
-        masks[name] = as_implemented(torch.tensor(rows)[None, None], config, model.lm.dtype)
-    mask = {name: masks[name] for name in types} if len(types) > 1 else masks["full_attention"]
-    with blocks_hooked(model):
-        return model.lm(ids[None], attention_mask=mask, position_ids=torch.tensor([positions]), use_cache=False).logits[
-            0
-        ]
+from helpers import flat_logits
+from reference import convolve, delta_rule, reference_logits, reference_loss, reference_run
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "olmo_hybrid"])

@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import make_base, make_model, randomize, sleep_config, tokens
+from helpers import assert_close, assert_same_weights, stored
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_laws import assert_close
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers import initialization as init
@@ -37,27 +36,8 @@ LOADERS = (SleepForCausalLM, AutoModelForSleepLM, AutoModelForCausalLM)
 IDS = tokens(2 * L + 3)[None]
 
 
-def stored(folder: Path) -> dict[str, tuple]:
-    """Names and shapes of the tensors in all files of a checkpoint; a name that is there twice is an error."""
-    shapes: dict[str, tuple] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            assert not shapes.keys() & set(names)
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    return shapes
-
-
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def assert_same_weights(a: SleepForCausalLM, b: SleepForCausalLM) -> None:
-    mine, theirs = a.state_dict(), b.state_dict()
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        assert tensor.dtype == theirs[name].dtype, name
-        assert torch.equal(tensor, theirs[name]), name
 
 
 @functools.cache

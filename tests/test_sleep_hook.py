@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from families import make_model, sleep_config, tokens
-from test_laws import pad
+from helpers import pad
 
 from hf_sleep import SleepCache, SleepEvent
 

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 from families import FAMILIES, VOCAB, make_base, make_model, randomize, sleep_config, tokens
+from helpers import pad
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_laws import pad
 
 import hf_sleep.state
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState

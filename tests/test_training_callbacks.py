@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import make_model, sleep_config, tokens
+from helpers import QUIET, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sleep import SleepCache
@@ -29,15 +30,6 @@ from hf_sleep.training import parameters as parameters_module
 from hf_sleep.training.monitor import gates
 
 TASK = Rule110(width=6, steps=1, num_strings=2)
-QUIET = {
-    "report_to": "none",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 4,
-}
 
 
 def tiny(family="llama", **fields):
@@ -58,10 +50,6 @@ def trainer_of(path, model=None, callbacks=(), plain=False, rows=None, eval_data
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def changed(model, before):

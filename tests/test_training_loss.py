@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import make_base, make_model, sleep_config, tokens
+from helpers import QUIET
 from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
@@ -12,13 +13,8 @@ from transformers import Trainer, TrainingArguments
 from hf_sleep import SleepForCausalLM, sleep_lora_config
 from hf_sleep.training import SleepCollator, SleepTrainer, SleepTrainingArguments
 
-QUIET = {
-    "report_to": "none",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "logging_steps": 1,
+SETTINGS = QUIET | {
+    "per_device_train_batch_size": 8,
     "lr_scheduler_type": "constant",
     "learning_rate": 1e-2,
     "warmup_steps": 0,
@@ -34,7 +30,7 @@ def tiny(**fields):
 
 def trainer_of(kind, path, model, collator=None, **fields):
     own = {"muon_learning_rate": None, "adam_beta2": 0.999} if kind is SleepTrainer else {}
-    arguments = (SleepTrainingArguments if kind is SleepTrainer else TrainingArguments)(path, **QUIET | own | fields)
+    arguments = (SleepTrainingArguments if kind is SleepTrainer else TrainingArguments)(path, **SETTINGS | own | fields)
     return kind(model, arguments, collator or SleepCollator(), train_dataset=ROWS)
 
 

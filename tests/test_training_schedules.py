@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from families import make_model, sleep_config
+from helpers import QUIET
 from transformers import TrainerCallback
 
 from hf_sleep.data.rule110 import Rule110
@@ -44,9 +45,9 @@ RUN = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {folder!r}]
-import test_training_schedules as tests
+from test_training_schedules import trainer_of
 {imports}
-trainer = tests.trainer_of(Path(sys.argv[1]), [{callbacks}], **{fields!r})
+trainer = trainer_of(Path(sys.argv[1]), [{callbacks}], **{fields!r})
 trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
 restored = [c.state()["args"] for c in trainer._during_step()]
 print("RESULT", json.dumps([[e["loss"] for e in trainer.state.log_history if "loss" in e], restored]))
@@ -54,10 +55,8 @@ print("RESULT", json.dumps([[e["loss"] for e in trainer.state.log_history if "lo
 
 
 def trainer_of(path, callbacks, model=None, **fields):
-    settings = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
-    settings |= {"logging_steps": 1, "per_device_train_batch_size": 4, "max_steps": 4, "save_strategy": "no"}
     model = make_model("llama", sleep_config("llama", eviction="sliding")) if model is None else model
-    arguments = SleepTrainingArguments(path, **settings | fields)
+    arguments = SleepTrainingArguments(path, **QUIET | {"max_steps": 4} | fields)
     return SleepTrainer(model, arguments, SleepCollator(), train_dataset=TASK.dataset(16), callbacks=callbacks)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import make_base, make_model, sleep_config, tokens
+from helpers import QUIET, weights
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
@@ -31,15 +32,6 @@ from hf_sleep.training.evaluation import accuracy_by_difficulty
 
 TASK = Rule110(width=6, steps=1, num_strings=3)
 KHOP = KHop(num_nodes=5, hops=(1, 2, 3), num_queries=3)
-QUIET = {
-    "report_to": "none",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 4,
-}
 
 
 def tiny(seed=0, trained=True, **fields):
@@ -64,10 +56,6 @@ def trainer_of(path, model=None, rows=None, callbacks=None, eval_dataset=None, t
 
 def logged(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(a, b):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import trl
 from datasets import Dataset
 from families import FAMILIES, VOCAB, make_model, sleep_config, tokens
-from test_laws import assert_close
+from helpers import assert_close
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -72,6 +72,12 @@ PAIRS = [
     {"prompt": text(14, n), "chosen": f" {text(n, n + 50)}", "rejected": f" {text(7, n + 99)}"} for n in LENGTHS[:4]
 ]
 PROMPTS = [{"prompt": text(n, n)} for n in LENGTHS[:4]]
+
+
+def grpo_of(folder, model, tokenizer, **fields):
+    """A GRPO trainer of two answers to each prompt, each of up to two windows."""
+    settings = {"num_generations": 2, "max_completion_length": 2 * L}
+    return trainer_of("GRPO", folder, PROMPTS, model, tokenizer, {"reward_funcs": reward}, **settings | fields)
 
 
 def reward(completions, **_):
@@ -275,19 +281,7 @@ def test_grpo_samples_and_scores_through_sleep(beta, tokenizer, tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     model = AutoModelForSleepLM.from_pretrained(tmp_path / "model")
     passes = count_passes(model)
-    grpo = trainer_of(
-        "GRPO",
-        tmp_path,
-        PROMPTS,
-        model,
-        tokenizer,
-        {"reward_funcs": reward},
-        num_generations=2,
-        max_completion_length=2 * L,
-        beta=beta,
-        max_steps=3,
-        **{CHECKPOINTING: False},
-    )
+    grpo = grpo_of(tmp_path, model, tokenizer, beta=beta, max_steps=3, **{CHECKPOINTING: False})
     seen = []
     score = grpo._compute_loss
 
@@ -321,18 +315,7 @@ def test_grpo_samples_and_scores_through_sleep(beta, tokenizer, tmp_path):
 def test_grpo_answers_are_those_of_generate(tokenizer, tmp_path):
     """With a temperature next to 0, left-padded prompts of many lengths, over sleeps."""
     model = tiny()
-    grpo = trainer_of(
-        "GRPO",
-        tmp_path,
-        PROMPTS,
-        model,
-        tokenizer,
-        {"reward_funcs": reward},
-        num_generations=2,
-        max_completion_length=2 * L,
-        temperature=1e-4,
-        max_steps=1,
-    )
+    grpo = grpo_of(tmp_path, model, tokenizer, temperature=1e-4, max_steps=1)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in PROMPTS]
     answers = grpo._generate_single_turn(prompts, None, {}, 2)[0]
     for prompt, answer in zip(prompts, answers, strict=True):
