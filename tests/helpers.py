@@ -158,7 +158,7 @@ def stored(folder: Path) -> dict[str, tuple]:
 
 @contextmanager
 def blocks_hooked(model):
-    """The base runs its fast-weight blocks behind its own layers, from empty memory, over all it is given."""
+    """The base runs its fast-weight blocks after its own layers, from empty memory, over all it is given."""
     handles = []
     for i, block in model.fast_weights.items():
         m = block.mixer
@@ -168,10 +168,10 @@ def blocks_hooked(model):
             torch.zeros(m.conv_dim, m.conv_size, **like),
         )
 
-        def behind(layer, args, output, block=block, S=S, tail=tail):
+        def after(layer, args, output, block=block, S=S, tail=tail):
             return run_block(block, output[0], S, tail)[0][None]
 
-        handles.append(model.lm.model.layers[int(i)].register_forward_hook(behind))
+        handles.append(model.lm.model.layers[int(i)].register_forward_hook(after))
     try:
         yield
     finally:

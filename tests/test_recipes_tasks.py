@@ -1,5 +1,6 @@
-"""The recipes that train small hybrids from scratch, run for a few steps, and what they leave behind."""
+"""The recipes that train small hybrids from scratch, run for a few steps, and what they write down."""
 
+import dataclasses
 import json
 import os
 import re
@@ -67,6 +68,81 @@ def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more,
     assert re.search(r"\[\(\d+, (True|False)\)", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="holds a run already: choose another --output"):
         recipe(name).main([*QUICK, "--output", str(folder)])
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.py")))
+def test_every_recipe_says_its_arguments_and_their_defaults(recipe, name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        recipe(name).main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    kind = recipe(name).Arguments
+    for field in dataclasses.fields(kind):
+        assert not field.init or re.search(
+            rf"--{field.name.replace('_', '-')} .*{re.escape(field.metadata['help'])}", said
+        )
+    assert f"a folder (default: {kind.output})" in said
+
+
+def test_a_recipe_runs_from_anywhere(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        str(RECIPES / "train_khop.py"),
+        "--steps",
+        "1",
+        "--sleep_passes",
+        "2",
+        "--batch-size",
+        "4",
+    ]
+    command += ["--test-rows", "8", "--evaluations", "1", "--output", "here"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "here" / "N2-seed0" / "model.safetensors").exists()
+
+
+@dataclasses.dataclass
+class Some:
+    preset: str = dataclasses.field(default="plain", metadata={"choices": ("plain", "on")})
+    switch: bool = False
+    pair: list[int] | None = None
+    name: str = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        import_module("shared.arguments").require_pair("pair", self.pair)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("here", (False, None)),
+        ("here --switch --pair 1 2", (True, [1, 2])),
+        ("here --switch false", (False, None)),
+        ("here --preset on", (True, [3, 4])),
+        ("--preset on --no-switch --pair 5 6 -- here", (False, [5, 6])),
+    ],
+)
+def test_arguments_are_a_dataclass(recipe, arguments, expected):
+    """A preset stands where no argument is given, and every switch can be switched off."""
+    presets = {"plain": {}, "on": {"switch": True, "pair": [3, 4]}}
+    parse = recipe("shared.arguments").parse
+    made = parse(Some, "", arguments.split(), presets, {"name": {}})
+    assert type(made) is Some
+    assert (made.name, made.switch, made.pair) == ("here", *expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("here --pair 1", "--pair 1: it takes two numbers"),
+        ("here --speed 3", "--speed"),
+        ("--preset off here", "preset"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(recipe, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        recipe("shared.arguments").parse(Some, "", arguments.split(), {"plain": {}}, {"name": {}})
+    assert message in capsys.readouterr().err
 
 
 def test_two_processes_train_as_one_and_write_once(recipe, tmp_path):

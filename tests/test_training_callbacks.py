@@ -443,7 +443,7 @@ def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, t
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_nothing_of_a_step_outlives_it(eviction, checkpointing, tmp_path):
-    """A hook on a tensor that holds the tensor is a cycle which no collector sees: the graph would stay for ever."""
+    """A hook on a tensor that holds the tensor is a cycle which no collector sees: the graph would stay forever."""
     model = tiny(eviction=eviction, sleep_passes=3)
     callbacks = [NonFiniteGuard(), SleepPassesSchedule(1, 3, seed=0)]
     trainer = trainer_of(tmp_path, model, callbacks, max_steps=5, **{CHECKPOINTING: checkpointing})

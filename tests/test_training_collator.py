@@ -11,7 +11,7 @@ LENGTHS = (3, 17, 10, 11)
 
 
 def ragged():
-    """Rows that end before, at and behind the boundary of a window, with labels everywhere but in the middle."""
+    """Rows that end before, at and after the boundary of a window, with labels everywhere but in the middle."""
     rows = []
     for i, length in enumerate(LENGTHS):
         ids = tokens(length, seed=i).tolist()

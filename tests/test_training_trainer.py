@@ -494,7 +494,7 @@ def test_an_interrupted_step_leaves_the_model_as_configured(tmp_path):
         pytest.param(
             {"input_ids": [9, 1, 2], "labels": [-100, 1, -100], "attention_mask": [0, 1, 1]},
             "none of the",
-            id="behind pad",
+            id="after pad",
         ),
         pytest.param(
             {"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0, 0]}, "several packed samples", id="packed"

@@ -25,7 +25,7 @@ class Depo(Task):
     context is still in the window of the first query would depend on n. With `pad_context`, the default, the context is
     therefore filled up on the left with *real* pad tokens (0: attended, read into the fast weights) to a whole number
     of windows, and no BOS is written: in the paper's setting every row then sleeps on exactly four windows of 75 and is
-    asked in the fifth, which a query token opens. Behind the queries come masked pads up to `length`.
+    asked in the fifth, which a query token opens. After the queries come masked pads up to `length`.
     Without it a row is BOS, edges and queries alone, of a length of its own.
 
     Args:

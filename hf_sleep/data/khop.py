@@ -21,7 +21,7 @@ class KHop(Task):
 
     A row is the edges `u * n + v`, spread over `windows` windows and filled up to L tokens each, then the prediction
     window `[K_k, u_1, ..., u_q, fill]`. With several `cycles`, each has names of its own and comes in windows of its
-    own, one cycle after another, and one of them, all equally likely, is asked about. The label right behind each u is
+    own, one cycle after another, and one of them, all equally likely, is asked about. The label right after each u is
     its k-th successor: it is never fed back, so every answer stands alone, and the fill at the end is there to carry
     the last label. All rows have the same length, without pads; fill is a real token. Test rows hold cycles that a hash
     picks, one in 8, training rows the others.

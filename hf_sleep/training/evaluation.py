@@ -32,8 +32,8 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
         said = predicted[where - 1].tolist()
         if 0 in where or [row["labels"][i] for i in asked] != labels[where].tolist():
             raise ValueError(
-                "the labels that were evaluated are not those of the dataset's rows: a row's first token can have "
-                "none, and the collator may not change them"
+                "the labels that were evaluated are not those of the dataset's rows: "
+                "a row's first token can have none, and the collator may not change them"
             )
         if task is None:
             right[row["difficulty"]].append(said == labels[where].tolist())
@@ -77,9 +77,10 @@ class GenerationEvaluation(TrainerCallback):
     ):
         self.trainer, self.sleep_passes, self.batch_size = check_trainer(self, trainer), sleep_passes, batch_size
         if len({"difficulty" in row for row in rows}) != 1:
+            some = sum("difficulty" in row for row in rows)
             raise ValueError(
-                f"GenerationEvaluation: of the {len(rows)} rows {sum('difficulty' in row for row in rows)} have a "
-                "difficulty: give at least one row, and all of them one or none"
+                f"GenerationEvaluation: of the {len(rows)} rows {some} have a difficulty: "
+                "give at least one row, and all of them one or none"
             )
         self.rows = [(row.get("difficulty"), *prompt_and_answer(row)) for row in rows]
 
@@ -120,8 +121,8 @@ def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
     if not isinstance(trainer, Trainer):
         name = type(callback).__name__
         raise TypeError(
-            f"{name} needs the trainer whose log reports it, not {type(trainer).__name__}: make the trainer first, "
-            f"then trainer.add_callback({name}(trainer, ...))"
+            f"{name} needs the trainer whose log reports it, not {type(trainer).__name__}: "
+            f"make the trainer first, then trainer.add_callback({name}(trainer, ...))"
         )
     return trainer
 

@@ -44,7 +44,7 @@ def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` behind one set of groups and one state.
+    """`torch.optim.Muon` and `torch.optim.AdamW` as one optimizer, with one set of groups and one state.
 
     A learning-rate scheduler scales each group's own rate. Muon's update is scaled as Jordan's was ("original", torch's
     default): at these rates a pretrained model moves about as far per step as AdamW at 5e-5 would move it.
@@ -93,7 +93,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """One step of both.
 
         Args:
-            closure: computes the loss anew and returns it; called once.
+            closure: computes the loss and its gradients again, and returns it; called once.
 
         Returns:
             What `closure` returned.
@@ -110,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned.
+        """Continue from a state that `state_dict` returned.
 
         Args:
             state_dict: of an optimizer of the same parameters.
@@ -143,7 +143,8 @@ def check_signature(state_dict: dict[str, Any], ours: Signature) -> None:
     """
     if not all("param_shapes" in group for group in state_dict["param_groups"]):
         raise ValueError(
-            "this optimizer state was not written by MuonAdamW: go on with the optimizer that wrote it, or start anew"
+            "this optimizer state was not written by MuonAdamW: "
+            "continue with the optimizer that wrote it, or start a new run from the checkpoint's weights"
         )
     for theirs, mine in itertools.zip_longest(signature(state_dict["param_groups"]), ours):
         if theirs != mine:
@@ -151,7 +152,8 @@ def check_signature(state_dict: dict[str, Any], ours: Signature) -> None:
                 "nothing" if entry is None else f"{entry[1]} {list(entry[2])} ({entry[0]})" for entry in (theirs, mine)
             )
             raise ValueError(
-                f"this optimizer state belongs to another model or another choice of what to train: it has {saved} "
-                f"where this model has {here}. Build the model and freeze its parameters as in the run that wrote it, "
+                "this optimizer state belongs to another model or another choice of what to train: "
+                f"it has {saved} where this model has {here}. "
+                "Build the model and freeze its parameters as in the run that wrote it, "
                 "with the same muon_learning_rate or None"
             )

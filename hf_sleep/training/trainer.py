@@ -54,7 +54,7 @@ class SleepTrainingArguments(TrainingArguments):
 
     Args:
         muon_learning_rate: of the hidden matrices; 2e-3 from scratch. `None`: AdamW for everything.
-        backprop_windows: windows that gradients reach through: a row's graph is cut behind every so many of its sleeps.
+        backprop_windows: windows that gradients reach through: a row's graph is cut after every so many of its sleeps.
             `None`: all of them, as in the paper.
 
     Source: Lee et al. 2026 (arXiv 2605.26099), experiments, for the learning rates; the rest is left open there.
@@ -87,8 +87,8 @@ class SleepTrainingArguments(TrainingArguments):
             )
         if self.muon_learning_rate is not None and self.optim not in ADAMW:
             raise ValueError(
-                f"optim={self.optim.value!r} with muon_learning_rate={self.muon_learning_rate}: Muon comes with "
-                "torch's AdamW. Set muon_learning_rate=None, or leave optim as it is"
+                f"optim={self.optim.value!r} with muon_learning_rate={self.muon_learning_rate}: "
+                "Muon comes with torch's AdamW. Set muon_learning_rate=None, or leave optim as it is"
             )
         if self.backprop_windows is not None and self.backprop_windows < 1:
             raise ValueError(f"backprop_windows={self.backprop_windows!r} must be at least 1, or None for all")
@@ -101,8 +101,7 @@ class SleepTrainer(Trainer):
     counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
     stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
     `compute_metrics` of its own, evaluation is the Trainer's. The task's settings are saved beside the model, in
-    task.json. What it pushes to the Hub is complete, with the model's
-    own card.
+    task.json. What it pushes to the Hub is complete, with the model's own card.
 
     Args:
         args: `SleepTrainingArguments`.
@@ -158,21 +157,21 @@ class SleepTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled and self.args.muon_learning_rate is not None:
             raise ValueError(
-                f"muon_learning_rate={self.args.muon_learning_rate}: DeepSpeed flattens the matrices that Muon needs. "
-                "Set muon_learning_rate=None, or use FSDP2"
+                f"muon_learning_rate={self.args.muon_learning_rate}: "
+                "DeepSpeed flattens the matrices that Muon needs. Set muon_learning_rate=None, or use FSDP2"
             )
         if not self.is_fsdp_enabled:
             return
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2 or self.args.fp16:
             raise ValueError(
-                f"fsdp_version={plugin.fsdp_version}, fp16={self.args.fp16}: a sleeping model trains with FSDP2 only, "
-                "in bf16 or fp32"
+                f"fsdp_version={plugin.fsdp_version}, fp16={self.args.fp16}: "
+                "a sleeping model trains with FSDP2 only, in bf16 or fp32"
             )
         if plugin.activation_checkpointing:
             raise ValueError(
-                "FSDP's activation_checkpointing=True would recompute a layer without the KV that it joins: set the "
-                f"training argument {CHECKPOINTING}=True instead, which recomputes whole passes"
+                "FSDP's activation_checkpointing=True would recompute a layer without the KV that it joins: "
+                f"set the training argument {CHECKPOINTING}=True instead, which recomputes whole passes"
             )
         # Its casts would round the fast weights and their gates at every layer; autocast leaves both alone.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
@@ -254,13 +253,14 @@ class SleepTrainer(Trainer):
             return
         if not all("labels" in row for row in rows):
             raise ValueError(
-                "train_dataset has rows without labels: add a labels column, for next-token loss on everything a copy "
-                "of input_ids"
+                "train_dataset has rows without labels: add a labels column, "
+                "for next-token loss on everything a copy of input_ids"
             )
         if bool((self.data_collator(rows)["labels"] == IGNORED).all()):
             raise ValueError(
-                f"train_dataset: none of the first {len(rows)} rows has a label to train on. Labels are those of "
-                f"input_ids at the same place, {IGNORED} for no loss; the first token of a row cannot be predicted"
+                f"train_dataset: none of the first {len(rows)} rows has a label to train on. "
+                f"Labels are those of input_ids at the same place, {IGNORED} for no loss; "
+                "the first token of a row cannot be predicted"
             )
 
     def _check_checkpoint(self, folder: Path) -> None:
@@ -312,7 +312,7 @@ def task_settings(task: Task) -> dict[str, Any]:
 
 
 def first_rows(dataset: Any) -> list[Any]:
-    """A few rows to look at, of a dataset that can be begun anew; none of one that cannot."""
+    """A few rows to look at, of a dataset that can be read again; none of one that cannot."""
     if isinstance(dataset, datasets.IterableDataset):
         return list(dataset.take(CHECKED_ROWS))
     if isinstance(dataset, torch.utils.data.IterableDataset):

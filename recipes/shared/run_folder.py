@@ -1,4 +1,4 @@
-"""What every recipe leaves behind, a folder with config.json, metrics.jsonl and accuracy.png; and how a run goes on."""
+"""The folder that every recipe writes, with config.json, metrics.jsonl and accuracy.png, and how a run continues."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from hf_sleep.files import write_file
 
 plt.switch_backend("agg")
 
-# These may be others when a run goes on.
+# These may be others when a run continues.
 NOT_COMPARED = ("output", "threads", "minutes", "resume")
 
 
@@ -32,7 +32,7 @@ class RunFolder(TrainerCallback):
     Args:
         path: made where missing.
         settings: what the run was started with, for config.json.
-        resume: go on in a folder that another run has written to; `None` where a recipe cannot.
+        resume: continue in a folder that another run has written to; `None` where a recipe cannot.
 
     Raises:
         SystemExit: a folder that holds a run, without `resume`, or one of a run with other settings.
@@ -48,7 +48,7 @@ class RunFolder(TrainerCallback):
         settings = json.loads(json.dumps(settings, default=str)) | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
         if config.exists():
             if not resume:
-                hint = "" if resume is None else ", or go on with --resume"
+                hint = "" if resume is None else ", or continue with --resume"
                 raise SystemExit(f"{path} holds a run already: choose another --output{hint}")
             before = json.loads(config.read_text(encoding="utf-8"))["settings"]
             compared = [key for key in settings if key not in NOT_COMPARED]
@@ -108,7 +108,7 @@ class TimeBudget(TrainerCallback):
 
     Imports and evaluations count, on whichever rank is the oldest; all ranks stop together. The last step is saved too,
     early or late, so that what follows training may be interrupted. Under FSDP, which cannot evaluate what it has not
-    trained, a run goes on from its last step to its end.
+    trained, a run continues from its last step to its end.
 
     Args:
         minutes: `None`: nothing is saved or stopped.
@@ -131,8 +131,8 @@ class TimeBudget(TrainerCallback):
             over = bool(anyone)
         if over:
             self.stopped = (
-                f"stopped at step {state.global_step} of {state.max_steps}, after {self.minutes:g} minutes: the same "
-                "command with --resume goes on"
+                f"stopped at step {state.global_step} of {state.max_steps}, after {self.minutes:g} minutes: "
+                "the same command with --resume continues"
             )
             control.should_log = control.should_training_stop = True
         control.should_save |= over or last
@@ -144,7 +144,7 @@ def process_seconds() -> float:
 
 
 def last_checkpoint(folder: Path) -> tuple[str | None, int]:
-    """The Trainer's last whole checkpoint in `folder` and the optimizer steps behind it; `None`, 0 where there is none.
+    """The Trainer's last whole checkpoint in `folder` and the optimizer steps up to it; `None`, 0 where there is none.
 
     One whose writing was cut short lacks trainer_state.json, which comes last.
     """
