@@ -15,7 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from .engine import Eviction
+    from .engine import Eviction, PassPolicy
 
 REGISTRIES = {"eviction": EVICTIONS, "between": BETWEEN, "block_kind": BLOCKS}
 """Registries of the fields that name a class."""
@@ -44,10 +44,10 @@ class SleepConfig:
     """
 
     window_size: int = _setting(512, "Tokens read between two sleeps, L.")
-    sleep_passes: int = _setting(
+    sleep_passes: "int | PassPolicy" = _setting(
         2,
         "Passes over a full window before its KV cache is dropped, N. The ordinary read is the first of them, so 1 is "
-        "the plain windowed hybrid. Can be set per call.",
+        "the plain windowed hybrid. A registered pass policy decides window by window. Can be set per call.",
     )
     eviction: str = _setting(
         "hard",
@@ -83,8 +83,10 @@ class SleepConfig:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        for name, least in (("window_size", 2), ("sleep_passes", 1), ("num_sink_tokens", 0), ("block_conv_size", 2)):
+        for name, least in (("window_size", 2), ("num_sink_tokens", 0), ("block_conv_size", 2)):
             require_int(f"SleepConfig.{name}", getattr(self, name), least)
+        if type(self.sleep_passes) is not int or self.sleep_passes < 1:
+            object.__setattr__(self, "sleep_passes", self._registered_policy())
         for name, least in (("num_blocks", 0), ("block_num_heads", 1), ("block_head_dim", 1)):
             if getattr(self, name) is not None:
                 require_int(f"SleepConfig.{name}", getattr(self, name), least)
@@ -110,6 +112,20 @@ class SleepConfig:
 
     def _wrong(self, field: str, what_works: str) -> ValueError:
         return reject(f"SleepConfig.{field}", getattr(self, field), what_works)
+
+    def _registered_policy(self) -> "int | PassPolicy":
+        """What `sleep_passes` means where it is no number: a policy, or what `to_dict` made of one."""
+        from .engine.passes import FixedPasses, pass_policy, policy_fields
+
+        policy = pass_policy(self.sleep_passes, "SleepConfig.sleep_passes")
+        policy_fields(policy)
+        return policy.passes if isinstance(policy, FixedPasses) else policy
+
+    def make_policy(self) -> "PassPolicy":
+        """Make the pass policy that these settings name."""
+        from .engine.passes import pass_policy
+
+        return pass_policy(self.sleep_passes)
 
     def make_eviction(self) -> "Eviction":
         """Make the eviction that these settings name."""
@@ -221,8 +237,11 @@ class SleepConfig:
 
         Where a field names a class from outside this package, `imports` says which module registers it.
         """
-        plain = {**dataclasses.asdict(self), "version": __version__}
+        from .engine.passes import policy_fields
+
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        plain |= {"version": __version__, "sleep_passes": policy_fields(self.make_policy())}
         modules = {name: registry.module_of(getattr(self, name)) for name, registry in REGISTRIES.items()}
         imports = {name: module for name, module in modules.items() if module is not None}
         return plain | ({"imports": imports} if imports else {})

@@ -165,9 +165,8 @@ def pass_policy(passes: Any, name: str = "sleep_passes") -> PassPolicy:
         except TypeError as error:
             raise reject(name, passes, f"{kind} does not take these fields ({error})") from error
     if type(passes) is not int or passes < 1:
-        raise ValueError(
-            f"{name}={passes!r}: it must be an integer of at least 1 (1 is the plain hybrid), or a PassPolicy"
-        )
+        works = "it must be an integer of at least 1 (1 is the plain hybrid), or a PassPolicy"
+        raise reject(name, passes, works) if "." in name else ValueError(f"{name}={passes!r}: {works}")
     return FixedPasses(passes)
 
 
@@ -183,7 +182,7 @@ def policy_fields(policy: PassPolicy) -> int | dict[str, Any]:
     if name is None or not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(
             f"{type(policy).__name__} cannot be saved: make it a frozen dataclass and register it with "
-            "hf_sleep.register_pass_policy, or set sleep_passes to a number before saving"
+            "hf_sleep.register_pass_policy. As an argument of a call it works without"
         )
     values = {field.name: getattr(policy, field.name) for field in fields(kind)}  # type: ignore[arg-type]
     module = PASS_POLICIES.module_of(name)

@@ -20,7 +20,8 @@ class FastWeightMixer(nn.Module):
         @register_block("mine")
         class Mine(FastWeightMixer): ...
 
-    Fast weights are values: `forward` makes new ones, writes none in place, and lets gradients through them.
+    Fast weights are values: `forward` makes new ones, writes none in place, and lets gradients through them. The last
+    thing that it does is `o_proj`, a linear layer, which starts at zero: so a fresh block adds nothing to its base.
 
     Args:
         hidden_size: C, of the base.
@@ -32,6 +33,9 @@ class FastWeightMixer(nn.Module):
     Raises:
         ValueError: K times `expand_v` is no whole number.
     """
+
+    o_proj: nn.Linear
+    """Makes the output, `[..., H * V]` to `[..., C]`."""
 
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
     """Names, without a path, of the parameters that stay fp32 at least, whatever the model's dtype."""
@@ -71,18 +75,23 @@ class FastWeightMixer(nn.Module):
     def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
         """Set fresh parameters, with which `forward` returns exactly zero, but a gradient reaches the output.
 
-        Set them with `transformers.initialization`, which leaves those alone that were loaded.
+        As it is, projections are N(0, std), and the output's is zero. Set others with `transformers.initialization`,
+        which leaves those alone that were loaded.
 
         Args:
             std: of the projections.
             generator: to draw from; by default torch's own.
         """
-        raise NotImplementedError
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=std, generator=generator)
+        init.zeros_(self.o_proj.weight)
 
     @property
     def is_untrained(self) -> bool:
         """Whether `forward` is known to return zero. Reads parameters: call it rarely."""
-        raise NotImplementedError
+        weight = self.o_proj.weight
+        return not weight.is_meta and not bool(weight.any())
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "FastWeightMixer":
         # .to(bfloat16), .half() and the like leave these what loading in that dtype leaves them: a rounded decay is

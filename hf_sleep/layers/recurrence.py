@@ -134,8 +134,3 @@ class GatedDeltaMixer(FastWeightMixer):
         low, high = math.log(1e-3), math.log(0.1)
         step = torch.empty_like(self.dt_bias).uniform_(low, high, generator=generator).exp()
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))
-
-    @property
-    def is_untrained(self) -> bool:
-        weight = self.o_proj.weight
-        return not weight.is_meta and not bool(weight.any())
