@@ -12,6 +12,7 @@ from ..ops.mamba2 import mamba2
 from ..placement import as_forward, loaded
 from ..registry import register_base
 from .decoder import Decoder, Rope
+from .scales import GraniteDecoder
 
 
 class Mamba2Decoder(Decoder):
@@ -78,11 +79,8 @@ class Mamba2Decoder(Decoder):
 
 
 @register_base("granitemoehybrid")
-class GraniteHybridDecoder(Mamba2Decoder):
-    """Granite 4: embeddings, residuals and logits scaled, experts beside a shared MLP, and RoPE in some checkpoints."""
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().embed(input_ids) * self.model.embedding_multiplier
+class GraniteHybridDecoder(Mamba2Decoder, GraniteDecoder):
+    """Granite 4: scaled as Granite is, experts beside a shared MLP, and RoPE in some checkpoints."""
 
     def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
         return None if self.model.rotary_emb is None else super().rope(x, position_ids, kind)
@@ -97,10 +95,6 @@ class GraniteHybridDecoder(Mamba2Decoder):
         if layer.has_experts:
             out = layer.block_sparse_moe(normed) + out
         return x + out * layer.residual_multiplier
-
-    def head_input(self, x: torch.Tensor) -> torch.Tensor:
-        # Before the head, for those who apply it themselves. It is linear: after it would be the same to rounding.
-        return super().head_input(x) / self.config.logits_scaling
 
 
 @register_base("bamba")
