@@ -214,6 +214,17 @@ def test_embeddings_serve_as_ids(family):
         assert torch.equal(more, model(tokens(8, 4).view(2, 4), cache=expected.cache).logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite", "granitemoehybrid"])
+def test_embeddings_of_the_caller_s_are_what_they_are_to_the_base(family):
+    """Granite multiplies them by `embedding_multiplier`, as it does its own."""
+    model, base = make_model(family, sleep_config(family)), make_base(family)
+    ids = tokens(14)[None]
+    with torch.no_grad():
+        embeds = base.get_input_embeddings()(ids)
+        assert torch.equal(base(inputs_embeds=embeds).logits, base(ids).logits)
+        assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("loop", [None, (1, 3)])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_logits_to_keep_is_the_tail_of_all_logits(side, loop):

@@ -99,7 +99,11 @@ class Decoder:
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids to what the first layer reads: `[B, T]` to `[B, T, C]`."""
-        return self.model.embed_tokens(input_ids)
+        return self.first_input(self.model.embed_tokens(input_ids))
+
+    def first_input(self, embeds: torch.Tensor) -> torch.Tensor:
+        """A caller's `inputs_embeds` to what the first layer reads: `[B, T, C]` to `[B, T, C]`."""
+        return embeds
 
     # Attention layers.
 

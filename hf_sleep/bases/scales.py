@@ -12,8 +12,8 @@ from .rope import PartlyRotatedDecoder
 class GraniteDecoder(Decoder):
     """Granite: both are scaled; what scales the residual stream is in its layers."""
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().embed(input_ids) * self.config.embedding_multiplier
+    def first_input(self, embeds: torch.Tensor) -> torch.Tensor:
+        return super().first_input(embeds) * self.config.embedding_multiplier
 
     def head_input(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x) / self.config.logits_scaling

@@ -317,7 +317,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         check_positions(position_ids, layout, memory)
 
         sleeper = self._sleeper()
-        x: Any = inputs_embeds if input_ids is None else sleeper.decoder.embed(input_ids)
+        embeds: Any = inputs_embeds
+        x = sleeper.decoder.first_input(embeds) if input_ids is None else sleeper.decoder.embed(input_ids)
         warn_if_emulated(x)
         memory = memory if memory.counters else sleeper.empty(len(x), x.dtype)
         if use_cache is None:
