@@ -141,6 +141,8 @@ def spent_by_a_stream(model, size: int) -> tuple[int, int, int]:
         x = model.decoder.embed(tokens(size)[None])
     span = Span([0], [0], [size], is_wanted=True, sleeps_next=False)
     read = spent(lambda: sleeper.wake(cache.memory, span, x))
+    with torch.no_grad():
+        model(tokens(size)[None], cache=cache)
     slept = spent(lambda: model.sleep(cache))
     with torch.no_grad():
         model(tokens(size // 2 - 1)[None], cache=cache)
