@@ -164,6 +164,8 @@ MIXERS = {
     "ouro": ("fast_weights.",),
     "jet_nemotron": ("fast_weights.", "lm.model.layers.0.self_attn.", "lm.model.layers.2.self_attn."),
     "qwen3_next": ("fast_weights.", "lm.model.layers.0.linear_attn.", "lm.model.layers.2.linear_attn."),
+    "granitemoehybrid": ("fast_weights.", "lm.model.layers.0.mamba.", "lm.model.layers.2.mamba."),
+    "kimi_linear": ("fast_weights.", "lm.model.layers.0.self_attn.", "lm.model.layers.2.self_attn."),
 }
 
 
@@ -186,8 +188,9 @@ def test_first_the_fast_weights_alone_with_hard_eviction(family, plain, tmp_path
     first = {name for name in start if not torch.equal(start[name], middle["weights"][name])}
     assert first == middle["states"] == trainable
     second = changed(model, middle["weights"])
-    # Ouro's exit gate takes no part in sleep; what was frozen before stays frozen.
-    idle = {name for name in start if "early_exit_gate" in name} | {"lm.model.norm.weight"}
+    # Ouro's exit gate takes no part in sleep; Kimi Linear's buffer has no gradient; what was frozen before stays so.
+    idle = {name for name in start if "early_exit_gate" in name or "e_score_correction_bias" in name}
+    idle.add("lm.model.norm.weight")
     assert second == set(start) - idle
     assert [eviction for _, eviction, _ in seen.forward] == ["hard", "hard", "sliding", "sliding"]
     assert model.config.sleep.eviction == "sliding"

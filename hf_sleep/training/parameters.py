@@ -3,13 +3,22 @@
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..modeling import SleepForCausalLM
+
 
 def fast_weight_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that write and read fast weights: injected blocks, and a hybrid's own linear mixers."""
-    # A mixer is the module that holds the decay.
-    mixers = tuple(name.removesuffix("A_log") for name, _ in model.named_parameters() if name.endswith(".A_log"))
+    """Names of the parameters that write and read fast weights: injected blocks, and a hybrid's own linear mixers.
+
+    Args:
+        model: a `SleepForCausalLM`, or what wraps one.
+    """
+    sleeping = next(module for module in model.modules() if isinstance(module, SleepForCausalLM))
+    names = sleeping.decoder.fast_weight_parameters()
+    own = {id(parameter) for name, parameter in sleeping.lm.named_parameters() if name in names}
     return {
-        name for name, _ in model.named_parameters() if "fast_weights" in name.split(".") or name.startswith(mixers)
+        name
+        for name, parameter in model.named_parameters()
+        if "fast_weights" in name.split(".") or id(parameter) in own
     }
 
 
