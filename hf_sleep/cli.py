@@ -152,7 +152,7 @@ def _view(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
         )
     yield _table(f"Memory of one sequence ({found.dtype})", memory, "B")
     yield ""
-    more = found.sleep.sleep_passes - 1
+    more = found.passes - 1
     worth = f"{found.sleep_in_reads:.2f} x the read = {found.sleep_in_tokens:,.0f} decoded tokens"
     cost = [
         ("decode a token", found.token_flops, "never grows"),
@@ -191,7 +191,7 @@ def _strip(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
         )
     if any(slot.role == "norm" for slot in found.slots):
         legend.append("N  the final norm, which closes every pass")
-    passes = _number(sleep.sleep_passes, "pass", "passes")
+    passes = _number(found.passes, "pass", "passes")
     legend.append(f"=  layers {found.loop_text}: {passes} over every window")
     sinks = f", {sleep.num_sink_tokens} sink tokens" if sleep.num_sink_tokens else ""
     legend.append(f"   sleeps after every {sleep.window_size:,} tokens; {sleep.eviction} eviction{sinks}")

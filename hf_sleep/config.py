@@ -44,7 +44,7 @@ class SleepConfig:
     """
 
     window_size: int = _setting(512, "Tokens read between two sleeps, L.")
-    sleep_passes: "int | PassPolicy" = _setting(
+    sleep_passes: "int | PassPolicy" = _setting(  # noqa: RUF009 - as those of the other fields
         2,
         "Passes over a full window before its KV cache is dropped, N. The ordinary read is the first of them, so 1 is "
         "the plain windowed hybrid. A registered pass policy decides window by window. Can be set per call.",

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from .bases.decoder import decoder_for
 from .config import SleepConfig
-from .engine import Slot, pass_policy
+from .engine import Slot
 from .engine.slots import Attention, BaseRecurrence, Block, Norm, WindowKV
 from .engine.window import Append
 from .lm_config import SleepLMConfig
@@ -66,7 +66,7 @@ class SleepInfo:
         window_bytes: what the next sleep starts from: hidden states of a full window, and of fast weights what a pass
             rewinds.
         read_flops: reading a full window: all slots once, no logits.
-        sleep_flops: passes 2..N over that window, and once more the slots after the loop.
+        sleep_flops: passes 2..N (under a policy, the most) over that window, and once more the slots after the loop.
         token_flops: decoding one token in the middle of a window, with its logits.
     """
 
@@ -88,6 +88,11 @@ class SleepInfo:
     read_flops: int
     sleep_flops: int
     token_flops: int
+
+    @property
+    def passes(self) -> int:
+        """N of a sleep; under a policy, the most that it may run."""
+        return most_passes(self.sleep)
 
     @property
     def layer_kinds(self) -> dict[str, int]:
@@ -209,13 +214,8 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
     def flops(part: range, tokens: int, keys: int) -> int:
         return sum(_slot_flops(slots[i], carried[i], tokens, keys) for i in part)
 
-    policy, size, order, everything = (
-        pass_policy(sleep.sleep_passes),
-        sleep.window_size,
-        sleeper.order,
-        range(len(slots)),
-    )
-    passes, keys = policy.at_most or policy.at_least, sleeper.eviction.most_retained + size
+    size, order, everything = sleep.window_size, sleeper.order, range(len(slots))
+    passes, keys = most_passes(sleep), sleeper.eviction.most_retained + size
     again = (passes - 1) * flops(order.loop, size, keys) + (flops(order.tail, size, keys) if passes > 1 else 0)
     return SleepInfo(
         name=name,
@@ -238,6 +238,12 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
         sleep_flops=again,
         token_flops=flops(everything, 1, keys - size // 2) + 2 * _count(model.get_output_embeddings()),
     )
+
+
+def most_passes(sleep: SleepConfig) -> int:
+    """N of a sleep; under a policy, the most that it may run, or where that is open the least."""
+    policy = sleep.make_policy()
+    return policy.at_most or policy.at_least
 
 
 def _count(module: nn.Module) -> int:
