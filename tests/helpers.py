@@ -60,9 +60,6 @@ def pad(rows, side, poison=7):
     return ids, mask
 
 
-# What a cache holds: the only helpers that look inside one.
-
-
 def loss_and_gradients(model, loss):
     model.zero_grad()
     loss.backward()
@@ -91,6 +88,9 @@ def assert_loss_and_gradients(case, model, tolerance, backprop_windows=None):
     assert any(g.abs().max() > 1e-3 for name, g in expected.items() if name.startswith("fast_weights"))
     for name, gradient in expected.items():
         assert_close(gradients[name], gradient, tolerance, f"gradient of {name}")
+
+
+# What a cache holds: the only helpers that look inside one.
 
 
 def states(model: SleepForCausalLM, cache: SleepCache, row: int = 0) -> dict:

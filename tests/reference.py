@@ -55,7 +55,7 @@ def run_mixer(m, x, S, tail):
 
 def run_block(block, h, S, tail):
     """One injected fast-weight block on h `[T, C]`."""
-    mixed, state = run_mixer(block.mixer, block.norm(h), S, tail)
+    mixed, state = MIXERS.get(type(block.mixer).__name__, run_mixer)(block.mixer, block.norm(h), S, tail)
     return h + mixed, state
 
 
@@ -154,6 +154,14 @@ INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium")
 """Models whose RoPE turns channels 2j and 2j + 1 together."""
 
 
+# What a sleep keeps of the KV besides the sinks, and how far attention reaches, in tokens, for a window of L.
+EVICTIONS = {"hard": lambda L: (0, None), "sliding": lambda L: (L - 1, L)}
+# What the next pass reads, of what the last one wrote and pass 1 read.
+BETWEEN = {"none": lambda z, e: z}
+# Of blocks that are no gated delta rule: how to run the mixer, and the shapes of its S and of its tail.
+MIXERS = {}
+
+
 class LayerCache:
     """What one stock layer sees as its cache: retained KV, or the state its recurrence starts from."""
 
@@ -199,14 +207,16 @@ class Row:
         self.memory = {}  # "blocks.i" or "layers.i" -> (S, tail)
         self.kv = {}  # i -> retained (k, v) [1, H, J, D]
         self.retained, self.next_position = [], 0  # position numbers of the retained keys; of the next token
-        self.norm = self.decoder.final_layernorm if self.config.model_type == "bamba" else self.decoder.norm
+        self.norm = self.decoder.norm if hasattr(self.decoder, "norm") else self.decoder.final_layernorm
+        self.recent, self.span = EVICTIONS[self.sleep.eviction](self.sleep.window_size)
         self.norm_every_pass = self.config.model_type == "ouro"
         like = {"dtype": self.decoder.embed_tokens.weight.dtype}
         self.run_own = RUN_OWN_LAYER.get(self.config.model_type)
         shapes = {f"layers.{i}": own_shapes(self.decoder.layers[i]) for i in self.own_layers()}
         for i, block in self.blocks.items():
             m = block.mixer
-            shapes[f"blocks.{i}"] = (m.num_heads, m.head_dim, m.head_v_dim), (m.conv_dim, m.conv_size)
+            tail = (m.conv_dim, m.conv_size) if hasattr(m, "conv_dim") else (1, 1)
+            shapes[f"blocks.{i}"] = (m.num_heads, m.head_dim, m.head_v_dim), tail
         for key, (state, tail) in shapes.items():
             self.memory[key] = torch.zeros(state, **like), torch.zeros(tail, **like)
 
@@ -219,14 +229,14 @@ class Row:
         self.positions = list(range(self.next_position, self.next_position + len(ids)))
         self.start, self.current = dict(self.memory), {}
         embedded = self.decoder.embed_tokens(ids)[None] * getattr(self.config, "embedding_multiplier", 1)
-        h = self.run(range(a), embedded)
-        h = self.run(range(a, b), h)
+        e = self.run(range(a), embedded)
+        h = self.run(range(a, b), e)
         out = self.run(range(b, depth), h)
         logits = self.model.lm_head(out if self.norm_every_pass else self.norm(out))[0]
         logits = logits * getattr(self.config, "logit_scale", 1) / getattr(self.config, "logits_scaling", 1)
         if passes > 1:
             for _ in range(passes - 1):
-                h = self.run(range(a, b), h)
+                h = self.run(range(a, b), BETWEEN[self.sleep.between](h, e))
             for i in range(b, depth):
                 self.memory.update({key: self.start[key] for key in self.start if key.endswith(f".{i}")})
             self.run(range(b, depth), h)
@@ -271,7 +281,7 @@ class Row:
         for row, query in enumerate(self.positions):
             for column, key in enumerate(keys):
                 sink = key < self.sleep.num_sink_tokens
-                near = self.sleep.eviction == "hard" or query - key < self.sleep.window_size
+                near = self.span is None or query - key < self.span
                 inside = own_window is None or query - key < own_window
                 visible[row, column] = key <= query and (sink or near) and inside
         return as_implemented(visible[None, None], self.config, self.decoder.embed_tokens.weight.dtype)
@@ -294,9 +304,9 @@ class Row:
     def evict(self):
         """Drop KV; give what stays, and the next token, small position numbers again."""
         sleep, positions, p = self.sleep, self.retained + self.positions, self.next_position
-        recent = sleep.window_size - 1 if sleep.eviction == "sliding" else 0
-        keep = [j for j, key in enumerate(positions) if key < sleep.num_sink_tokens or j >= len(positions) - recent]
-        cap = sleep.num_sink_tokens + (sleep.window_size if sleep.eviction == "sliding" else 0)
+        last = len(positions) - self.recent
+        keep = [j for j, key in enumerate(positions) if key < sleep.num_sink_tokens or j >= last]
+        cap = sleep.num_sink_tokens + (self.recent + 1 if self.recent else 0)
         shift = min(p, cap) - p
         moves = [0 if positions[j] < sleep.num_sink_tokens else shift for j in keep]
         for i, (k, v) in self.current.items():
