@@ -225,8 +225,8 @@ class SleepConfig:
         if isinstance(asked, SleepConfig):
             default = SleepConfig()
             values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(SleepConfig)}
-            asked = {k: v for k, v in values.items() if k not in BLOCK_FIELDS or v != getattr(default, k)}
-        for name in BLOCK_FIELDS:
+            asked = {k: v for k, v in values.items() if k not in BUILT_FIELDS or v != getattr(default, k)}
+        for name in BUILT_FIELDS:
             if name in asked and asked[name] != getattr(self, name):
                 works = f"the checkpoint's blocks have {name}={getattr(self, name)!r}. Leave it out"
                 raise reject(f"SleepConfig.{name}", asked[name], works)
@@ -272,7 +272,8 @@ class SleepConfig:
 SETTINGS = {field.name: field for field in dataclasses.fields(SleepConfig) if "help" in field.metadata}
 """The fields that a user sets, each with `metadata["help"]`."""
 
-BLOCK_FIELDS = [name for name in SETTINGS if name.startswith("block_") or name == "num_blocks"]
+BUILT_FIELDS = [name for name in SETTINGS if name.startswith("block_") or name in ("num_blocks", "between")]
+"""The fields that modules were built by, which no setting changes later."""
 
 if SleepConfig.__doc__:  # python -OO leaves none
     _lines = (f"{name}: {field.metadata['help']}" for name, field in SETTINGS.items())

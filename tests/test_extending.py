@@ -414,3 +414,10 @@ def test_a_name_is_taken_once(modules):
         EVICTIONS.register("hard")(modules["eviction"].Recent)
     again = imported(FILES[3])  # as a notebook's cell that is run twice
     assert EVICTIONS["recent"] is again.Recent
+
+
+def test_what_lies_between_passes_was_built_and_is_no_dial():
+    model = slept("between")
+    with pytest.raises(ValueError, match=r"SleepConfig\.between='none' cannot work: .* between='mean'. Leave it out"):
+        model.sleeping(between="none").__enter__()
+    assert model.config.sleep.between == "mean"

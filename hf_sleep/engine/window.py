@@ -206,7 +206,7 @@ class Places:
         first, held, sinks = self.first[0], self.held[0], self.sinks[0]
         whole = held + width
         farthest = whole if held == first or not sinks else first + width
-        in_reach = (self.span is None or whole <= self.span + sinks) and (own_window is None or farthest <= own_window)
+        in_reach = (self.span is None or whole <= self.span + sinks) and (own_window is None or farthest < own_window)
         # Flash attention lines its causal mask up with the last key, sdpa with the first.
         from_start = held == 0 and implementation != "eager"
         return in_reach and (width == 1 or from_start or implementation.startswith("flash"))
