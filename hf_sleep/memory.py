@@ -91,7 +91,7 @@ class Memory:
         counters: per row.
         carried: per slot of the running order, what that layer carries.
         window_start: per fast-weight slot, what a rewind to the current window's start needs.
-        hidden: `[B, T, C]`, what the looped layers made of the current window in pass 1: where the next sleep starts.
+        loop_output: `[B, T, C]`, what the looped layers made of the current window in pass 1: where a sleep starts.
         loop_input: `[B, T, C]`, what they made it of, where what happens between two passes asks for it.
         columns: columns of the calls that read it, pads included.
     """
@@ -99,9 +99,22 @@ class Memory:
     counters: tuple[Counters, ...] = ()
     carried: tuple[Carried, ...] = ()
     window_start: Mapping[int, FastWeights] = field(default_factory=dict)
-    hidden: torch.Tensor | None = None
+    loop_output: torch.Tensor | None = None
     loop_input: torch.Tensor | None = None
     columns: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the looped layers left the current window, or where the first tensor is."""
+        if self.loop_output is not None:
+            return self.loop_output.device
+        return next(pair[0].device for pair in self.carried if pair is not None)
+
+    def current_window(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`loop_output` and `loop_input` up to the end of the longest row's window; pads after the shorter ones."""
+        assert self.loop_output is not None  # a row with tokens in its window has read them
+        width = max(row.fill for row in self.counters)
+        return self.loop_output[:, :width], None if self.loop_input is None else self.loop_input[:, :width]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Memory":
         """Apply `function` to every tensor."""
@@ -109,7 +122,7 @@ class Memory:
             self,
             carried=tuple(None if pair is None else type(pair)(*map(function, pair)) for pair in self.carried),
             window_start={slot: FastWeights(*map(function, pair)) for slot, pair in self.window_start.items()},
-            hidden=None if self.hidden is None else function(self.hidden),
+            loop_output=None if self.loop_output is None else function(self.loop_output),
             loop_input=None if self.loop_input is None else function(self.loop_input),
         )
 
@@ -147,7 +160,7 @@ class Memory:
             tuple(counters),
             tuple(pair(old, new) for old, new in zip(self.carried, part.carried, strict=True)),
             {slot: pair(self.window_start[slot], new) for slot, new in part.window_start.items()},
-            place(self.hidden, part.hidden),
+            place(self.loop_output, part.loop_output),
             place(self.loop_input, part.loop_input),
             self.columns,
         )
@@ -198,7 +211,7 @@ class Memory:
 
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        pairs = (*self.carried, *self.window_start.values(), (self.hidden, self.loop_input))
+        pairs = (*self.carried, *self.window_start.values(), (self.loop_output, self.loop_input))
         return sum(t.numel() * t.element_size() for pair in pairs if pair is not None for t in pair if t is not None)
 
 

@@ -1,8 +1,19 @@
 """The algorithm: read a window in one pass, consolidate it with N, evict its KV.
 
-The ordinary read of a window is pass 1, so a window that was read token by token needs only N - 1 passes more. All that
-crosses a call is a `Memory`, a value: each step takes one and returns the next. The layers are slots in running order:
-those before the loop run once per window, those in the loop N times, those after it once, on the last pass's output.
+The paper's Algorithm 1, and where it is:
+
+    S <- 0                                        Sleeper.empty
+    for each window:                              Sleeper.read, row by row: windows count a row's own tokens
+        h <- Embed(c)                             before: `read` takes embeddings
+        h, S <- Blocks(h, S)                      Sleeper.wake: the ordinary read is pass 1, of every window
+        repeat N - 1 times: h, S <- Blocks(h, S)  Sleeper.consolidate, when another token comes after a full window
+        drop h and the KV cache                   Sleeper.evict; consolidate + evict = Sleeper.sleep
+        loss <- MaskedCE(OutProj(h), c, m)        after: `read` returns what the head takes, for the tokens wanted
+
+A window sleeps late, before the token that does not fit in it, with the N of the call that brings this token. So the
+last window does not sleep, and no mask has to say which windows do. The layers are slots in running order: those before
+the loop run once per window, those in the loop N times, those after it once, on the last pass's output. All that
+crosses a call is a `Memory`, a value: each step takes one and returns the next.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
@@ -79,39 +90,41 @@ class Sleeper:
             if backprop_windows is not None:
                 memory = memory.detach_rows([b for b in full if slept[b] % backprop_windows == 0])
             span = Span.next(memory, done, counts, size, wanted)
-            # A window that sleeps within this call runs its tail then: only its logits would need it now.
-            tail_can_wait = span.sleeps_next and policy.at_least > 1 and not span.is_wanted
-            memory, hidden = self.wake(memory, span, span.of(x), run_tail=not tail_can_wait)
+            # What comes after the loop reads a window that sleeps within this call then: now only logits would need it.
+            can_wait = span.sleeps_next and policy.at_least > 1 and not span.is_wanted
+            memory, hidden = self.wake(memory, span, span.of(x), run_after=not can_wait)
             for b, n in zip(span.rows, span.counts, strict=True):
                 done[b] += n
             reads.append(Read(span, hidden if span.is_wanted else None))
         return memory, reads
 
-    def wake(self, memory: Memory, span: Span, x: torch.Tensor, run_tail: bool = True) -> tuple[Memory, torch.Tensor]:
+    def wake(self, memory: Memory, span: Span, x: torch.Tensor, run_after: bool = True) -> tuple[Memory, torch.Tensor]:
         """One ordinary pass over new tokens of the current windows: pass 1.
 
         Args:
             memory: of the batch.
             span: which rows read how many tokens.
             x: the tokens, `[rows, T, C]`.
-            run_tail: whether the slots after the loop are needed now.
+            run_after: whether the slots after the loop are needed now.
 
         Returns:
-            The memory after it, and `[rows, T, C]`, what `Decoder.logits` takes.
+            The memory after it, and `[rows, T, C]`: with `run_after`, what `Decoder.logits` takes.
         """
         part = memory.select(span.rows)
         window = Window.of_new(self.decoder, self.eviction, x, part.counters, span.counts)
         append = Append([row.fill for row in part.counters], span.counts, x.device)
-        slots, carried, loop_input = range(self.order.loop.stop), part.carried, None
+        loop_input = None
         if self.between.needs_loop_input:
-            x, carried = self._run(self.order.head, x, carried, window)
-            slots, loop_input = self.order.loop, append(part.loop_input, x)
-        x, carried = self._run(slots, x, carried, window)
-        hidden = append(None if part.hidden is None else part.hidden.to(x.device), x)
-        if run_tail:
-            x, carried = self._run(self.order.tail, x, carried, window)
+            x, carried = self._run(self.order.before, x, part.carried, window)
+            loop_input = append(part.loop_input, x)
+            x, carried = self._run(self.order.loop, x, carried, window)
+        else:
+            x, carried = self._run(self.order.up_to_loop, x, part.carried, window)
+        loop_output = append(part.loop_output, x)
+        if run_after:
+            x, carried = self._run(self.order.after, x, carried, window)
         counters = tuple(row.after_reading(n) for row, n in zip(part.counters, span.counts, strict=True))
-        part = Memory(counters, carried, part.window_start, hidden, loop_input, part.columns)
+        part = Memory(counters, carried, part.window_start, loop_output, loop_input, part.columns)
         return memory.merge(span.rows, part), x
 
     def sleep(self, memory: Memory, rows: Sequence[int], policy: PassPolicy) -> Memory:
@@ -120,46 +133,49 @@ class Sleeper:
         Rows that have read nothing since their last sleep are left alone. Under a policy that looks at the data, rows
         sleep one after the other, so that none depends on another.
         """
-        asleep = [b for b in rows if memory.counters[b].fill]
-        for group in [[b] for b in asleep] if policy.depends_on_data else [asleep] if asleep else []:
+        rows = [b for b in rows if memory.counters[b].fill]
+        groups = [[b] for b in rows] if policy.depends_on_data else [rows]
+        for group in filter(None, groups):
             part = memory.select(group)
-            device = self._window_hidden(part).device
-            began = self.watchers.clock(device)
+            began = self.watchers.clock(part.device)
             part, passes = self.consolidate(part, policy)
             memory = memory.merge(group, self.evict(part))
-            self.watchers.tell_sleep(group, memory.counters, self.watchers.clock(device) - began, passes)
+            self.watchers.tell_sleep(group, memory.counters, self.watchers.clock(part.device) - began, passes)
         return memory
 
     def consolidate(self, memory: Memory, policy: PassPolicy) -> tuple[Memory, int]:
         """Write the fast weights: passes 2 to N over the current window of every row.
 
-        Every pass starts from the fast weights that the pass before left and from the convolution tail of the window's
-        start, and sees the retained KV and its own. The slots after the loop read the window once more, on the last
-        pass's output and from their state at the window's start, so that they too have read it once.
+        In the loop every pass continues the fast weights of the pass before, and all else starts over: the convolution
+        from where it was when the window began, the KV from what the last eviction retained. The slots after the loop
+        start over whole, fast weights too, and read the window once, on the last pass's output.
 
         Returns:
             The memory after it, and N.
         """
-        order, carried, number, before = self.order, memory.carried, 1, None
+        order, carried, number = self.order, memory.carried, 1
         self.watchers.tell_pass(number, order.looped(carried))
         if policy.at_most == 1:
-            return memory, 1
-        x, start, policy = self._window_hidden(memory), order.at_start(memory), policy.begin()
+            return memory, number
+        x, loop_input = memory.current_window()
         window = Window.again(self.decoder, self.eviction, x, memory.counters)
-        while policy.another(number, before, written := self._written(carried, policy)):
-            x = self.between(x, memory.loop_input)
+        start = order.at_start(memory)
+        asked = policy.begin()
+        before, after = None, self._shown(carried, asked)
+        while asked.continues(number, before, after):
+            x = self.between(x, loop_input)
             x, carried = self._run(order.loop, x, order.rewound(order.loop, carried, start), window)
-            number, before = number + 1, written
+            number += 1
             self.watchers.tell_pass(number, order.looped(carried))
+            before, after = after, self._shown(carried, asked)
         if number > 1:
-            _, carried = self._run(order.tail, x, order.rewound(order.tail, carried, start), window)
-        return replace(memory, carried=tuple(carried)), number
+            _, carried = self._run(order.after, x, order.rewound(order.after, carried, start), window)
+        return replace(memory, carried=carried), number
 
     def evict(self, memory: Memory) -> Memory:
         """Drop the KV that the eviction style drops, of windows that were slept on; new windows begin."""
-        carried = self.order.evicted(
-            memory.carried, self.eviction.plan(memory.counters, self._window_hidden(memory).device)
-        )
+        plan = self.eviction.plan(memory.counters, memory.device)
+        carried = self.order.evicted(memory.carried, plan)
         counters = tuple(map(self.eviction.after, memory.counters))
         return Memory(counters, carried, self.order.window_start(carried), columns=memory.columns)
 
@@ -168,12 +184,6 @@ class Sleeper:
     ) -> tuple[torch.Tensor, tuple[Carried, ...]]:
         return self.order.run(slots, x, carried, window, self.is_checkpointing)
 
-    @staticmethod
-    def _window_hidden(memory: Memory) -> torch.Tensor:
-        """What pass 1 made of the current windows, `[B, T, C]`."""
-        assert memory.hidden is not None  # a row with tokens in its window has read them
-        return memory.hidden[:, : max(row.fill for row in memory.counters)]
-
-    def _written(self, carried: Sequence[Carried], policy: PassPolicy) -> list[torch.Tensor] | None:
+    def _shown(self, carried: Sequence[Carried], policy: PassPolicy) -> list[torch.Tensor] | None:
         """What a policy that looks at the data is shown: the fast weights of the one row, `[H, K, V]` each."""
         return [state[0] for state in self.order.looped(carried)] if policy.depends_on_data else None

@@ -337,7 +337,7 @@ def _named(memory: Memory) -> list[tuple[str, torch.Tensor]]:
     for prefix, pairs in (("layers", dict(enumerate(memory.carried))), ("window_start", memory.window_start)):
         for slot, pair in pairs.items():
             named += [(f"{prefix}.{slot}.{i}", t) for i, t in enumerate(pair or ())]
-    whole = (("hidden", memory.hidden), ("loop_input", memory.loop_input))
+    whole = (("hidden", memory.loop_output), ("loop_input", memory.loop_input))
     return [*named, *((name, t) for name, t in whole if t is not None)]
 
 

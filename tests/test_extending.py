@@ -189,6 +189,23 @@ def test_5_a_row_is_what_it_is_alone(axis):
 
 
 @in_float64
+@in_float64
+@each_axis
+@pytest.mark.parametrize("policy", [3, UntilSettled(3, 0.0)], ids=str)
+def test_5_rows_sleep_on_windows_of_different_fill(policy, axis):
+    model, lengths = slept(axis), (L + 2, 1, 2 * L - 1)
+    rows, more = [tokens(n, n) for n in lengths], torch.stack([tokens(3, seed) for seed in (7, 8, 9)])
+    ids, mask = pad(rows, "right")
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True, sleep_passes=3).cache
+        model.sleep(cache, sleep_passes=policy)
+        logits = model(more, cache=cache, sleep_passes=3).logits
+        for r, row in enumerate(rows):
+            run = reference_run(model, torch.cat((row, more[r])), sleep_passes=3, sleep_after={len(row) - 1: 3})
+            assert_close(logits[r], run.logits[len(row) :])
+            assert_same_states(states(model, cache, r), run.memory)
+
+
 @pytest.mark.parametrize("axis", ["between", "block"])
 def test_6_after_a_hard_eviction_the_past_is_in_the_fast_weights_alone(axis):
     model, question = slept(axis), tokens(L + 2, 3)[None]

@@ -38,6 +38,12 @@ class PassPolicy:
         """Called when a sleep begins. A policy that keeps count of something returns a copy that does."""
         return self
 
+    def continues(self, number: int, before: Written | None, after: Written | None) -> bool:
+        """`another` within `at_least` and `at_most`; with the same arguments."""
+        if number < self.at_least:
+            return True
+        return number != self.at_most and self.another(number, before, after)
+
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
         """Whether a row needs a pass more.
 

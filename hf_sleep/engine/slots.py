@@ -222,20 +222,25 @@ class RunningOrder:
 
     Args:
         slots: in running order.
-        loop: the slots that every pass runs. `head` runs before them, `tail` after them.
+        loop: the slots that every pass runs.
     """
 
     slots: tuple[Slot, ...]
     loop: range
 
     @property
-    def head(self) -> range:
-        """Slots before the loop."""
+    def before(self) -> range:
+        """Slots before the loop, which run once per window."""
         return range(self.loop.start)
 
     @property
-    def tail(self) -> range:
-        """Slots after the loop."""
+    def up_to_loop(self) -> range:
+        """Slots before the loop and in it."""
+        return range(self.loop.stop)
+
+    @property
+    def after(self) -> range:
+        """Slots after the loop, which run once per window, on the last pass's output."""
         return range(self.loop.stop, len(self.slots))
 
     @property
