@@ -48,7 +48,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each setting of `SleepConfig`; it takes them as `**settings`, `None`: not given."""
     options = []
     for name, field in SETTINGS.items():
-        kind = next((kind for kind in (int, float) if field.type in (kind, kind | None)), str)
+        kinds = (kind for kind in (int, float) if type(field.default) is kind or field.type == kind | None)
+        kind = next(kinds, str)
         default = "" if field.default is None else f" [default: {field.default}]"
         option = typer.Option(help=field.metadata["help"] + default, show_default=False, **ROWS.get(name, {}))
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]

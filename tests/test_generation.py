@@ -438,8 +438,8 @@ def test_where_only_the_number_of_tokens_is_known_that_must_agree():
     """As in a state file from before it was noted which columns were pads."""
     model, more, now = sleeper("llama", "hard"), tokens(4).view(2, 2), torch.ones(2, 2, dtype=torch.long)
     cache = padded_cache(model)
-    for row in cache.memory.counters:
-        row.pads = None
+    unknown = tuple(dataclasses.replace(row, pads=None) for row in cache.memory.counters)
+    cache.memory = dataclasses.replace(cache.memory, counters=unknown)
     with pytest.raises(ValueError, match="row 1 has 7 tokens in the past, and cache has read 3"):
         read(model, more, cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
     read(model, more, cache, attention_mask=torch.cat((AGREES, now), 1))

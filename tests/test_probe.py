@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, HYBRIDS, MORE_FAMILIES, make_base, sleep_config, tokens
+from families import FAMILIES, HYBRIDS, MORE_FAMILIES, RELATIVES, make_base, sleep_config, tokens
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -96,9 +96,10 @@ def test_every_listed_adapter_of_attention_layers_passes(family):
 
 
 def test_a_listed_adapter_that_fails_is_named(monkeypatch):
-    monkeypatch.setattr(GraniteDecoder, "embed", Decoder.embed)
+    monkeypatch.setattr(GraniteDecoder, "first_input", Decoder.first_input)
     with pytest.raises(
-        ValueError, match=r"^GraniteDecoder does not compute .* the embedding, .* It must override embed$"
+        ValueError,
+        match=r"^GraniteDecoder does not compute .* the embedding, .* It must override embed or first_input$",
     ):
         probe(make_base("granite"))
 
@@ -452,4 +453,4 @@ def test_fast_weight_parameters_are_those_of_the_mixers(family):
 
 
 def test_every_listed_family_is_among_the_tests():
-    assert {model_type for model_type, _ in (FAMILIES | MORE_FAMILIES).values()} == set(BASES.names())
+    assert {model_type for model_type, _ in (FAMILIES | MORE_FAMILIES | RELATIVES).values()} == set(BASES.names())

@@ -225,9 +225,9 @@ def test_a_checkpoint_sleeps_as_it_was_trained_where_nothing_else_is_said(recipe
     model.save_pretrained(tmp_path / "asleep")
     PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(tmp_path / "asleep")
     slept = []
-    consolidate = Sleeper.consolidate
+    sleep = Sleeper.sleep
     monkeypatch.setattr(
-        Sleeper, "consolidate", lambda self, cache, rows, n: slept.extend(rows) or consolidate(self, cache, rows, n)
+        Sleeper, "sleep", lambda self, memory, rows, policy: slept.extend(rows) or sleep(self, memory, rows, policy)
     )
     settings = ["--task-settings", '{"ops": [1, 2], "tokens": [0, 0]}', "--problems", "4"]
     scores = recipe("evaluate").main(
@@ -289,7 +289,11 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):
     assert (sliding.window_size, sliding.sleep_passes, sliding.eviction) == (512, 4, "sliding")
     assert 3 * sliding.hard_warmup_steps == sliding.steps
     published = SimpleNamespace(
-        num_hidden_layers=24, hidden_size=2048, num_attention_heads=16, max_position_embeddings=65536
+        model_type="ouro",
+        num_hidden_layers=24,
+        hidden_size=2048,
+        num_attention_heads=16,
+        max_position_embeddings=65536,
     )
     seen, stand_in = {}, SimpleNamespace(config=SimpleNamespace(base_model_name_or_path=None))
     monkeypatch.setattr(

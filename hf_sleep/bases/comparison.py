@@ -15,7 +15,7 @@ STEPS = (1, 1, 3, 1)
 """Tokens of the calls that follow a prefill."""
 
 NEEDS = {
-    "embedding": "override embed",
+    "embedding": "override embed or first_input",
     "between": "override attention_layer",
     "RoPE": "override rope",
     "mask": "override own_window and, where layers differ, layer_kinds",

@@ -148,7 +148,7 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Jet):
-            module.init_weights(self.config.initializer_range)
+            module.draw_weights(self.config.initializer_range)
             parts: Any = module.modules()
             for part in parts:  # or whatever comes to its linear layers next would undo it
                 part._is_hf_initialized = True
