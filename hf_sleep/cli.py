@@ -48,11 +48,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each setting of `SleepConfig`; it takes them as `**settings`, `None`: not given."""
     options = []
     for name, field in SETTINGS.items():
-        kinds = (kind for kind in (int, float) if type(field.default) is kind or field.type == kind | None)
-        kind = next(kinds, str)
+        numbers = [kind for kind in (int, float) if type(field.default) is kind or field.type == kind | None]
+        kind: Any = numbers[0] if numbers else str
         default = "" if field.default is None else f" [default: {field.default}]"
         option = typer.Option(help=field.metadata["help"] + default, show_default=False, **ROWS.get(name, {}))
-        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        annotation = Annotated[kind | None, option]
         options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     own = signature(command)
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)

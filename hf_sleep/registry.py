@@ -21,6 +21,13 @@ class Registry:
     def __init__(self, axis: str, home: str, decorator: str):
         self.axis, self.home, self.decorator = axis, home, decorator
         self._classes: dict[str, type] = {}
+        self._is_loaded = False
+
+    def _load(self) -> None:
+        """Import this package's own classes."""
+        if not self._is_loaded:
+            importlib.import_module(self.home)
+            self._is_loaded = True
 
     def register(self, *names: str) -> Callable[[C], C]:
         """Decorate a class, which can then be asked for by each of `names`.
@@ -47,11 +54,11 @@ class Registry:
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        importlib.import_module(self.home)
+        self._load()
         return sorted(self._classes)
 
     def __contains__(self, name: object) -> bool:
-        importlib.import_module(self.home)
+        self._load()
         return isinstance(name, str) and name in self._classes
 
     def __getitem__(self, name: str) -> Any:
@@ -60,12 +67,12 @@ class Registry:
         Raises:
             KeyError: there is none.
         """
-        importlib.import_module(self.home)
+        self._load()
         return self._classes[name]
 
     def name_of(self, kind: type) -> str | None:
         """The first name under which a class is registered; `None`: under none."""
-        importlib.import_module(self.home)
+        self._load()
         return next((name for name, known in self._classes.items() if known is kind), None)
 
     def module_of(self, name: str) -> str | None:

@@ -116,11 +116,11 @@ class Sleeper:
         loop_input = None
         if self.between.needs_loop_input:
             x, carried = self._run(self.order.before, x, part.carried, window)
-            loop_input = append(part.loop_input, x)
+            loop_input = append(None if part.loop_input is None else part.loop_input.to(x.device), x)
             x, carried = self._run(self.order.loop, x, carried, window)
         else:
             x, carried = self._run(self.order.up_to_loop, x, part.carried, window)
-        loop_output = append(part.loop_output, x)
+        loop_output = append(None if part.loop_output is None else part.loop_output.to(x.device), x)
         if run_after:
             x, carried = self._run(self.order.after, x, carried, window)
         counters = tuple(row.after_reading(n) for row, n in zip(part.counters, span.counts, strict=True))

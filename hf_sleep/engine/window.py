@@ -103,7 +103,7 @@ class Append:
         """`[B, ..., W, D]` and `[B, ..., T, D]` to `[B, ..., W', D]`."""
         if old is None:
             return new
-        both = torch.cat((old[..., : self.held, :].to(new.device), new), dim=-2)
+        both = torch.cat((old[..., : self.held, :], new), dim=-2)
         return both if self.index is None else take_columns(both, self.index)
 
 
