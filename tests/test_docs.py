@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_RESULTS = [*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "examples" / "khop" / "README.md"]
+FOLDERS = [ROOT / name for name in (".", "hf_sleep", "tests", "recipes", "recipes/accelerate")]
+MADE_ELSEWHERE = {".demo/", "modeling_hf_sleep.py"}
+"""Names on the pages of what `make demo` and a saved checkpoint leave."""
+each_page = pytest.mark.parametrize("page", WITH_RESULTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def blocks(page: Path) -> list[str]:
@@ -37,6 +42,53 @@ def test_blocks_compile_and_import_what_there_is(page):
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_first_blocks_leave_the_dtype_to_the_machine(name):
     assert "dtype" not in blocks(ROOT / name)[0]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can lead to: headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"\w+:", target):
+            name, _, anchor = target.partition("#")
+            to = page.parent / name if name else page
+            assert to.exists(), target
+            assert not anchor or anchor in anchors(to), target
+
+
+@each_page
+def test_files_and_tests_that_are_named_exist(page):
+    defined = {file: file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")}
+    for name in re.findall(r"`([^`\s]+)`", page.read_text(encoding="utf-8")):
+        path, _, test = name.partition("::")
+        path, test = ("", path) if path.startswith("test_") and "." not in path else (path, test)
+        found = [folder / path for folder in (*FOLDERS, page.parent) if (folder / path).exists()]
+        if re.fullmatch(r"[\w./-]+(/|\.(py|md|sh|toml|txt|yaml))", path) and path not in MADE_ELSEWHERE:
+            assert found, name
+        if test:
+            among = [defined[found[0].resolve()]] if path else defined.values()
+            assert any(f"def {test}(" in text for text in among), name
+
+
+def test_the_lines_of_the_algorithm_are_those_of_the_code():
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    code = (ROOT / "hf_sleep" / "sleep.py").read_text(encoding="utf-8")
+    table = page.partition("### From the paper to sleep.py")[2].partition("### ")[0]
+    rows = re.findall(r"^\| [^|]+ \| `([^`]+)`[^|]* \| `(\w+)` \|$", table, re.M)
+    assert len(rows) > 8
+    for line, method in rows:
+        body = re.search(rf"^    def {method}\(.*?(?=^    def |\Z)", code, re.S | re.M)
+        assert line in body[0], f"{method}: {line}"
+
+
+def test_the_page_on_extending_shows_the_examples():
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    for file in (ROOT / "examples" / "extend").glob("*.py"):
+        assert f"```python\n{file.read_text(encoding='utf-8')}```" in page, file.name
 
 
 def test_the_table_of_settings_is_that_of_the_fields():
