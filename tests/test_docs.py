@@ -7,6 +7,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from families import _COMMON, _EXPERTS, _SCALES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_sleep.bases.probe import probe
+from hf_sleep.registry import BASES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,6 +94,15 @@ def test_the_page_on_extending_shows_the_examples():
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     for file in (ROOT / "examples" / "extend").glob("*.py"):
         assert f"```python\n{file.read_text(encoding='utf-8')}```" in page, file.name
+
+
+def test_the_adapter_on_the_page_of_models_passes_the_probe(monkeypatch):
+    monkeypatch.setattr(BASES, "_classes", dict(BASES._classes))
+    (block,) = (block for block in blocks(ROOT / "docs" / "models.md") if "register_base" in block)
+    exec(block, {"__name__": "a_page"})
+    (family,) = (name for name in BASES.names() if BASES.module_of(name) == "a_page")
+    config = AutoConfig.for_model(family, **_COMMON | _EXPERTS | _SCALES)
+    assert probe(AutoModelForCausalLM.from_config(config).eval()).covered
 
 
 def test_the_table_of_settings_is_that_of_the_fields():
