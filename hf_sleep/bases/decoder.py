@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import CACHE
-from ..layers.recurrence import GATES
+from ..layers.recurrence import GatedDeltaMixer
 from ..memory import KV, FastWeights
 from ..placement import as_forward
 from ..registry import BASES, register_base
@@ -38,7 +38,7 @@ class Decoder:
     recurrent_kinds: frozenset[str] = frozenset({"linear_attention"})
     """Kinds whose layers are the base's own linear-recurrent ones: its fast weights."""
 
-    fp32_parameters: tuple[str, ...] = GATES
+    fp32_parameters: tuple[str, ...] = GatedDeltaMixer.fp32_parameters
     """Last parts of the names of parameters that are kept fp32 at least, whatever the model's dtype."""
 
     recurrence_flops = 6

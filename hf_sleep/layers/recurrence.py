@@ -10,10 +10,6 @@ from transformers import initialization as init
 from ..memory import FastWeights
 from ..ops import gated_delta_rule
 from .block import FastWeightMixer
-from .block import keeping as keeping  # where modeling looks for it
-
-GATES = ("A_log", "dt_bias")
-"""Parameters that set how fast a memory decays. Loading keeps them fp32 at least, whatever the model's dtype."""
 
 
 class GatedRMSNorm(nn.Module):
@@ -46,7 +42,7 @@ class GatedDeltaMixer(FastWeightMixer):
     Source: Yang et al. 2025 (arXiv 2412.06464), gates and output norm; Lee et al. 2026, §2.
     """
 
-    fp32_parameters = GATES
+    fp32_parameters = ("A_log", "dt_bias")
     conv_dim: int
 
     def __init__(

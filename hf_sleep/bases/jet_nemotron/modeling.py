@@ -24,7 +24,6 @@ from transformers.utils.output_capturing import capture_outputs
 from ...compat import CACHE, BaseModelOutputWithPast, CausalLMOutputWithPast, takes_cache
 from ...generation import RecurrentGenerationMixin
 from ...layers import Jet
-from ...layers.recurrence import GATES
 from ...memory import FastWeights
 from ...packing import refuse_packed
 from .configuration import JetNemotronConfig
@@ -132,7 +131,7 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["JetNemotronDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    _keep_in_fp32_modules_strict = list(GATES)
+    _keep_in_fp32_modules_strict = list(Jet.fp32_parameters)
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True
