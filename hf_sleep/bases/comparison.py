@@ -27,7 +27,7 @@ NEEDS = {
 
 
 class Trace:
-    """What goes in and out of a base's parts in one forward.
+    """Inputs and outputs of a base's parts in one forward.
 
     Args:
         inputs: what each layer read `[B, T, C]`.
@@ -211,7 +211,7 @@ class Comparison:
         return made, kv.pair
 
     def _mask(self, kind: str, x: torch.Tensor, held: int, real: torch.Tensor) -> torch.Tensor | None:
-        """Who sees whom, `[B, 1, T, held + T]`, or `None` where plain causality says it all."""
+        """The mask of one kind of layer, `[B, 1, T, held + T]`; `None` where plain causality says it all."""
         width, window = real.shape[1], self.decoder.own_window(kind)
         implementation = self.decoder.attention_implementation
         # As transformers has it: with exactly the window's tokens there is a mask, which hides nothing.
@@ -265,7 +265,7 @@ class Comparison:
 
 
 def _equal(ours: Any, theirs: Any, real: torch.Tensor | None = None) -> bool:
-    """Whether two tensors are equal bit for bit, of `[B, T, …]` where `real` is not zero."""
+    """Tell whether two tensors are equal bit for bit, of `[B, T, …]` where `real` is not zero."""
     if not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     ours = ours.to(theirs.device)

@@ -1,4 +1,4 @@
-"""How to run a base model's decoder layers one by one: the contract that a family's adapter fulfils."""
+"""The contract of a family's adapter, which runs a base model's decoder layers one by one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from ..placement import as_forward
 from ..registry import BASES, register_base
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
-"""What attention layers get as `position_embeddings`: cos and sin, `[B, T, D]`; `None` where they want none."""
+"""An attention layer's `position_embeddings`: cos and sin, `[B, T, D]`; `None` where they want none."""
 
 
 @register_base(
@@ -25,11 +25,11 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 class Decoder:
     """Runs the parts of a Llama-shaped base: `lm.model.{embed_tokens,layers,norm,rotary_emb}` and `lm.lm_head`.
 
-    A Llama-shaped family needs nothing but its name. Of another one subclass this, override what differs, and decorate
-    the subclass with `register_base(model_type)`.
+    A Llama-shaped family needs nothing but its name. For another one, subclass this, override what differs, and
+    decorate the subclass with `register_base(model_type)`.
 
-    A *kind* of layer is a free name, one per decoder layer, by which masks and RoPE are made once for all layers of
-    that kind: layers with another window or other positions need a kind of their own.
+    A *kind* of layer is a free name, one per decoder layer. Masks and RoPE are made once for all layers of a kind, so
+    layers with another window or other positions need a kind of their own.
 
     Args:
         lm: the base causal LM. Nothing of it is changed.
@@ -45,10 +45,10 @@ class Decoder:
     """FLOPs of its own recurrence per token and number in the state: S is read at k, written, and read at q."""
 
     norm_every_pass = False
-    """Whether the base's final norm closes every pass over its layers, and not the last alone."""
+    """True where the base's final norm closes every pass over its layers, and not the last alone."""
 
     interleaved_rope = False
-    """Whether RoPE turns channels 2j and 2j + 1 of a head together, and not j and j plus half of those that turn."""
+    """True where RoPE turns channels 2j and 2j + 1 of a head together, and not j and j plus half of those that turn."""
 
     # From the config alone, before there is a model.
 
@@ -62,7 +62,7 @@ class Decoder:
 
     @classmethod
     def has_fast_weights(cls, config: PreTrainedConfig) -> bool:
-        """Whether the base has linear-recurrent layers of its own, so that it can sleep without injected blocks."""
+        """Tell whether the base has linear-recurrent layers of its own, so that it sleeps without injected blocks."""
         return not cls.recurrent_kinds.isdisjoint(cls.layer_kinds(config))
 
     @classmethod
@@ -84,7 +84,7 @@ class Decoder:
 
     @property
     def base_loops(self) -> int:
-        """How often the plain base runs its layers over a token, each time with KV of its own."""
+        """Number of times that the plain base runs its layers over a token, each with KV of its own."""
         return 1
 
     @property
@@ -94,15 +94,15 @@ class Decoder:
 
     @property
     def attention_implementation(self) -> str:
-        """How the base computes attention: `"sdpa"`, `"eager"`, `"flash_attention_2"`, …"""
+        """Name of the base's way to compute attention: `"sdpa"`, `"eager"`, `"flash_attention_2"`, …"""
         return self.config._attn_implementation
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids to what the first layer reads: `[B, T]` to `[B, T, C]`."""
+        """Turn token ids into what the first layer reads: `[B, T]` to `[B, T, C]`."""
         return self.first_input(self.model.embed_tokens(input_ids))
 
     def first_input(self, embeds: torch.Tensor) -> torch.Tensor:
-        """A caller's `inputs_embeds` to what the first layer reads: `[B, T, C]` to `[B, T, C]`."""
+        """Turn a caller's `inputs_embeds` into what the first layer reads: `[B, T, C]` to `[B, T, C]`."""
         return embeds
 
     # Attention layers.
@@ -112,7 +112,7 @@ class Decoder:
         return self.config.sliding_window if kind == "sliding_attention" else None
 
     def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:
-        """What attention layers of this kind get as `position_embeddings`, for positions `[B, T]`."""
+        """Make the `position_embeddings` of attention layers of this kind, for positions `[B, T]`."""
         return self.model.rotary_emb(x, position_ids)
 
     def frequencies(self, kind: str) -> torch.Tensor | None:
@@ -125,7 +125,7 @@ class Decoder:
         return None if frequencies is None else 2 * len(frequencies)
 
     def shift_keys(self, keys: torch.Tensor, shift: torch.Tensor, kind: str) -> torch.Tensor:
-        """Rotate cached keys `[B, H, T, D]` on by `shift` `[B]` positions (on the CPU), as RoPE would have."""
+        """Rotate cached keys `[B, H, T, D]` by `shift` `[B]` further positions, as RoPE would (`shift` on the CPU)."""
         frequencies = self.frequencies(kind)
         if frequencies is None:
             return keys
@@ -168,7 +168,7 @@ class Decoder:
     # The base's own linear-recurrent layers.
 
     def empty_fast_weights(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
-        """What linear-recurrent layer `index` carries before it has read anything; `dtype` is the activations'."""
+        """Make what linear-recurrent layer `index` carries before it has read anything; `dtype` is the activations'."""
         raise self._no_recurrent_layers("empty_fast_weights")
 
     def recurrent_layer(
@@ -225,8 +225,9 @@ class Decoder:
         return self.final_norm(x)
 
     def head_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the head alone turns into logits, `[..., C]` to `[..., C]`: the final norm, where the passes have not
-        applied it, and what scales the logits.
+        """Make what the head alone turns into logits: `[..., C]` to `[..., C]`.
+
+        It applies the final norm, where the passes have not, and what scales the logits.
         """
         return x if self.norm_every_pass else self.norm(x)
 
@@ -245,7 +246,7 @@ PARTS: dict[str, Callable[[Any], Any]] = {
     "model.rotary_emb": lambda lm: lm.model.rotary_emb,
     "get_output_embeddings()": lambda lm: lm.get_output_embeddings().weight,
 }
-"""What `Decoder` reads of a base, by name."""
+"""Parts of a base that `Decoder` reads, by name."""
 
 
 def missing_parts(lm: PreTrainedModel) -> list[str]:
@@ -293,7 +294,7 @@ def _refuse_other_bodies(lm: PreTrainedModel) -> None:
 
 
 def what_an_adapter_needs(family: str) -> str:
-    """How to add a family, for errors."""
+    """Say in an error how to add a family."""
     return (
         f"Write an adapter: a subclass of hf_sleep.bases.Decoder, decorated with hf_sleep.register_base({family!r}), "
         "that says how to embed ids, compute RoPE, run one decoder layer, read the base's own linear-recurrent layers "

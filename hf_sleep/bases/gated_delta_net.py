@@ -16,13 +16,16 @@ from .decoder import Decoder, Rope
 class HybridDecoder(Decoder):
     """A base with Gated DeltaNet layers of its own (`linear_attn`), which serve as fast weights.
 
-    They run on `hf_sleep.ops` instead of the base's own recurrence, whose pads decay the state and whose cache is
-    written in place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
+    They run on `hf_sleep.ops`. In the base's own recurrence pads decay the state, and the cache is written in place.
+    Here pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
     """
 
     def project(self, mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[B, T, C]` to the convolution's input `[B, T, D]`, the gate `[B, T, H, V]`, β `[B, T, H]` and a `[B, T,
-        H]`."""
+        """Project `[B, T, C]`.
+
+        Returns:
+            The convolution's input `[B, T, D]`, the gate `[B, T, H, V]`, β `[B, T, H]` and a `[B, T, H]`.
+        """
         raise NotImplementedError
 
     def output(self, mixer: Any, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

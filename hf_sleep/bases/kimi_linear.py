@@ -19,11 +19,11 @@ from .decoder import Decoder, Rope
 class KimiLinearDecoder(Decoder):
     """Kimi Linear: its Kimi Delta Attention layers are the fast weights.
 
-    They run on `hf_sleep.ops` instead of the base's own recurrence, whose pads decay the state and whose cache is
-    written in place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
+    They run on `hf_sleep.ops`. In the base's own recurrence pads decay the state, and the cache is written in place.
+    Here pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
 
-    What its attention layers cache is what they expand to keys and values: a latent `[B, 1, T, R]`, and the part of the
-    keys that all heads share, `[B, 1, T, D]`. There is no RoPE, so a sleep turns nothing.
+    Its attention layers cache what they expand to keys and values: a latent `[B, 1, T, R]`, and the part of the keys
+    that all heads share, `[B, 1, T, D]`. There is no RoPE, so a sleep turns nothing.
     """
 
     def rope(self, x: torch.Tensor, position_ids: torch.Tensor, kind: str) -> Rope:

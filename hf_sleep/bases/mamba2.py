@@ -18,8 +18,8 @@ from .scales import GraniteDecoder
 class Mamba2Decoder(Decoder):
     """A base with Mamba2 layers of its own (`mamba`), which serve as fast weights.
 
-    They run on `hf_sleep.ops` instead of the base's own scan, whose pads decay the state and whose cache is written in
-    place: pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
+    They run on `hf_sleep.ops`. In the base's own scan pads decay the state, and the cache is written in place. Here
+    pads are exact, gradients reach earlier windows, and the numbers agree to float tolerance.
     """
 
     recurrence_flops = 4

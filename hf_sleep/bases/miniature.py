@@ -83,7 +83,7 @@ def _shrunk(config: PreTrainedConfig, kinds: list[str], widths: dict[str, int]) 
 
 
 def _in_words(config: PreTrainedConfig, small: Any) -> str:
-    """What differs: `"2 of 32 layers, sliding_window=8 instead of 4096"`."""
+    """List what differs: `"2 of 32 layers, sliding_window=8 instead of 4096"`."""
     names = [name for name, value in vars(config).items() if "window" in name and value != getattr(small, name, value)]
     words = [f"{small.num_hidden_layers} of {config.num_hidden_layers} layers"]
     return ", ".join(words + [f"{name}={getattr(small, name)} instead of {getattr(config, name)}" for name in names])

@@ -51,7 +51,7 @@ class Probe:
     not_covered: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         return dataclasses.asdict(self)
 
 
@@ -70,7 +70,7 @@ def probe(lm: PreTrainedModel) -> Probe:
     """Compare the plain adapter with a base of an unlisted family, or the adapter that is registered for it.
 
     Both read random tokens: several lengths at once, after a prefill through a cache, at far positions, and as a batch
-    with pads; every stage must be equal bit for bit, in the base's dtype and on its device. Cached keys are shifted
+    with pads. Every stage must be equal bit for bit, in the base's dtype and on its device. Cached keys are shifted
     with `Decoder.shift_keys` and compared with RoPE at the other positions, in every layer. The same is done in a small
     random copy of the base's class, in which all that its config calls a window is short enough to be read past.
 
@@ -153,7 +153,7 @@ def _compare_all(
 
 @contextmanager
 def _evaluating(lm: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and checkpointing; each module is afterwards in the mode that it was in."""
+    """Switch dropout and checkpointing off; each module is afterwards in the mode that it was in."""
     modes = {module: module.training for module in lm.modules()}
     lm.eval()
     try:

@@ -57,7 +57,7 @@ class PartlyRotatedDecoder(Decoder):
 
     @classmethod
     def rotates(cls, config: PreTrainedConfig, index: int) -> bool:
-        """Whether layer `index` applies RoPE: by default those with an attention window of their own."""
+        """Tell whether layer `index` applies RoPE: by default those with an attention window of their own."""
         return config.sliding_window is None or config.layer_types[index] == "sliding_attention"
 
     def own_window(self, kind: str) -> int | None:

@@ -1,4 +1,4 @@
-"""How Jet-Nemotron is slept with: its Jet layers are the fast weights."""
+"""Jet-Nemotron's adapter: its Jet layers are the fast weights."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..decoder import Decoder
 
 @register_base("jet_nemotron")
 class JetNemotronDecoder(Decoder):
-    """Jet-Nemotron: its Jet layers are the fast weights, in the same mixer that a retrofit injects."""
+    """Jet-Nemotron, whose Jet layers have the same mixer that a retrofit injects."""
 
     @classmethod
     def default_loop_layers(cls, config: PreTrainedConfig) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class JetNemotronRMSNorm(nn.RMSNorm):
 
 
 class RealFirst(NamedTuple):
-    """How to move each row's real tokens to the front (`order` `[B, T, 1]`) and back (`inverse`); `lengths` `[B]`."""
+    """Moves each row's real tokens to the front (`order` `[B, T, 1]`) and back (`inverse`); `lengths` is `[B]`."""
 
     order: torch.Tensor
     inverse: torch.Tensor
@@ -102,7 +102,7 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def mix(self, x: torch.Tensor, real: RealFirst | None, cache: Cache | None) -> torch.Tensor:
-        """Run the Jet mixer on from what `cache` holds of this layer; pads read zero and leave no trace."""
+        """Continue the Jet mixer from what `cache` holds of this layer; pads read zero and leave no trace."""
         jet: Any = self.self_attn
         if cache is None or not cache.has_previous_state(self.layer_idx):
             state: FastWeights = jet.empty(len(x), x.device, x.dtype)

@@ -1,4 +1,4 @@
-"""How Ouro is slept with: a sleep's passes are its loops."""
+"""Ouro's adapter: a sleep's passes are its loops."""
 
 from ...registry import register_base
 from ..decoder import Decoder

@@ -23,13 +23,13 @@ from .configuration import OuroConfig, check_threshold
 
 @dataclass
 class OuroModelOutput(BaseModelOutputWithPast):
-    """What `OuroModel` returns. R is the number of loops that ran: T, or k + 1 with `exit_at_step=k`.
+    """Output of `OuroModel`. R is the number of loops that ran: T, or k + 1 with `exit_at_step=k`.
 
     Args:
         last_hidden_state: `[B, S, C]`, what the head reads: what the exit setting selects of the loops' outputs.
         cache: the cache, in which layer i of loop t has slot `t * num_hidden_layers + i`.
-        hidden_states: with `output_hidden_states=True`, R·L + 1 tensors `[B, S, C]`: the embeddings, then the output
-            of layer i in loop t at `1 + t * num_hidden_layers + i`, before the norm that closes the loop.
+        hidden_states: with `output_hidden_states=True`, R·L + 1 tensors `[B, S, C]`: the embeddings, then the output of
+            layer i in loop t at `1 + t * num_hidden_layers + i`, before the norm that closes the loop.
         attentions: with `output_attentions=True` and eager attention, R·L maps `[B, H, S, keys]` in the same order.
         hidden_states_per_step: R tensors `[B, S, C]`, the outputs of the loops, normed.
         exit_probabilities: `[B, S, R]`, at least float32: the probability of answering from each loop. Over all T loops
@@ -44,7 +44,7 @@ class OuroModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class OuroCausalLMOutput(CausalLMOutputWithPast):
-    """What `OuroForCausalLM` returns: the fields of `OuroModelOutput` and these.
+    """Output of `OuroForCausalLM`: the fields of `OuroModelOutput` and these.
 
     Args:
         loss: scalar, with `labels`: the shifted cross-entropy of `logits`.
@@ -127,7 +127,7 @@ class OuroDecoderLayer(GradientCheckpointingLayer):
 
 
 class OuroPreTrainedModel(PreTrainedModel):
-    """What both models share: how they are loaded, placed and recorded."""
+    """Base of the Ouro models: how they are loaded, placed and recorded."""
 
     config: OuroConfig
     base_model_prefix = "model"
@@ -182,12 +182,12 @@ class OuroModel(OuroPreTrainedModel):
         Args:
             input_ids: token ids `[B, S]`; or `inputs_embeds` `[B, S, C]`.
             attention_mask: `[B, past + S]`, 0 at pads; or what `generate` makes of it for a static cache.
-            position_ids: `[B, S]`; `None`: counted on from the cache.
+            position_ids: `[B, S]`; `None`: counted from the cache's end.
             cache: a cache. One made for `num_hidden_layers` layers gets the slots of the further loops here.
             exit_at_step: k from 0 to T − 1. Only loops 0 to k run and fill the cache, and loop k answers.
-            exit_threshold: q from 0 to 1, per token: the first loop at which the cumulated exit distribution is at
-                least q answers; at 1 always the last, even where rounding lets the sum reach 1 earlier. It selects
-                what is read: all loops run, as later tokens attend to them.
+            exit_threshold: q from 0 to 1. A token is answered from the first loop at which the cumulated exit
+                distribution is at least q; at 1 always from the last, even where rounding lets the sum reach 1 earlier.
+                It selects what is read: all loops run, as later tokens attend to them.
             use_weighted_exit: the loops' outputs, weighted by the exit distribution, answer.
 
         Returns:
@@ -272,7 +272,7 @@ class OuroModel(OuroPreTrainedModel):
             if lagging := [step for step in range(loops) if held[step] != held[0]]:
                 raise ValueError(
                     f"the cache holds {held[0]} tokens of loop 0 and {held[lagging[0]]} of loop {lagging[0]}, as "
-                    f"after exit_at_step={lagging[0] - 1}, so {loops} loops cannot go on from it: use "
+                    f"after exit_at_step={lagging[0] - 1}, so {loops} loops cannot continue from it: use "
                     f"exit_at_step={lagging[0] - 1} or less, or read the tokens again with a new cache"
                 )
         if cache.layer_class_to_replicate is None:
@@ -354,7 +354,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         return OuroCausalLMOutput(loss=loss, logits=logits, logits_per_step=per_step, **rest)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: its cache keeps one slot a layer.
+        """Refuse: its cache keeps one slot a layer.
 
         Raises:
             NotImplementedError: always, with what works.
