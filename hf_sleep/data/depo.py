@@ -17,16 +17,16 @@ class Depo(Task):
     """A directed cycle of n names as edges in random order, then queries `[9000 + k] name [9500] answer`.
 
     A name is a few tokens in 1..`mini_vocab`, the last of them raised by `mini_vocab`. The loss is on the tokens of the
-    answers. Training rows draw n in 3..`max_nodes` with probability ∝ 1 / (n + √max_nodes) and every k in
-    1..`max_hops` alike; test rows have n = `max_nodes` and k among the powers of two up to `max_hops`, and `max_hops`.
-    k counts modulo n.
+    answers. Training rows draw n in 3..`max_nodes` with probability ∝ 1 / (n + √max_nodes) and every k in 1..`max_hops`
+    alike. Test rows have n = `max_nodes` and k among the powers of two up to `max_hops`, and `max_hops`. k counts
+    modulo n.
 
     Windows count real tokens, so masked pads on the left would not keep a row's windows in place: how much of the
     context is still in the window of the first query would depend on n. With `pad_context`, the default, the context is
-    therefore filled up on the left with *real* pad tokens (0: attended, read into the fast weights) to a whole number
-    of windows, and no BOS is written: in the paper's setting every row then sleeps on exactly four windows of 75 and is
-    asked in the fifth, which a query token opens. After the queries come masked pads up to `length`.
-    Without it a row is BOS, edges and queries alone, of a length of its own.
+    filled up on the left with *real* pad tokens (0: attended, read into the fast weights) to a whole number of windows,
+    and no BOS is written. In the paper's setting every row then sleeps on exactly four windows of 75, and is asked in
+    the fifth, which a query token opens. After the queries come masked pads up to `length`. Without `pad_context` a row
+    is BOS, edges and queries alone, of a length of its own.
 
     Args:
         max_nodes: N, the most names in a cycle.
@@ -37,9 +37,9 @@ class Depo(Task):
         max_tlen: most tokens of a name.
         separator: write token 9700 before each edge.
         window_size: L, which the context is filled up to a multiple of. With `pad_context` all queries must fit in it.
-        pad_context: see above.
-        official: `example(seed)` gives token for token what the official generator makes of `random.Random(seed)`.
-            This relies on the order in which CPython lists a set; rows without it do not. Needs `pad_context=False`.
+        pad_context: whether to fill up the context, as above.
+        official: `example(seed)` gives token for token what the official generator makes of `random.Random(seed)`. This
+            relies on the order in which CPython lists a set; rows without it do not. Needs `pad_context=False`.
 
     Raises:
         ValueError: naming the field, what it got and what would work.
@@ -112,7 +112,7 @@ class Depo(Task):
 
     @property
     def claims_depth(self) -> bool:
-        """Whether k steps in a test row are k distinct names: n > K."""
+        """Tell whether k steps in a test row are k distinct names: n > K."""
         return self.max_nodes > self.max_hops
 
     @property
@@ -120,11 +120,11 @@ class Depo(Task):
         return min(self.num_queries, self.max_nodes) * 2 * (self.max_tlen + 1)
 
     def chance(self, difficulty: int) -> float:
-        """Any name of the row but the one asked about, all equally likely: 1 / (N - 1) in test rows."""
+        """Share of right guesses among the row's names but the one asked about: 1 / (N - 1) in test rows."""
         return 1 / (self.max_nodes - 1) if difficulty % self.max_nodes else 1.0
 
     def answers(self, row: Row) -> list[tuple[int, list[int]]]:
-        """Every query's name is an answer, with its own k."""
+        """List every query's name as an answer, with its own k."""
         positions = iter(super().answers(row)[0][1])
         return [(k, [next(positions) for _ in name]) for k, name in zip(row["hops"], row["answer"], strict=True)]
 

@@ -11,7 +11,7 @@ HELD_OUT = 8
 
 
 def is_held_out(successor: list[int]) -> bool:
-    """Whether the cycle u → `successor[u]` is among the one in 8 that only test rows hold."""
+    """Tell whether the cycle u → `successor[u]` is among the one in 8 that only test rows hold."""
     return hashlib.sha256(repr(successor).encode()).digest()[0] % HELD_OUT == 0
 
 
@@ -20,13 +20,13 @@ class KHop(Task):
     """A random directed cycle written as edges in random order, then a hop count k and the nodes it is asked for.
 
     A row is the edges `u * n + v`, spread over `windows` windows and filled up to L tokens each, then the prediction
-    window `[K_k, u_1, ..., u_q, fill]`. With several `cycles`, each has names of its own and comes in windows of its
-    own, one cycle after another, and one of them, all equally likely, is asked about. The label right after each u is
-    its k-th successor: it is never fed back, so every answer stands alone, and the fill at the end is there to carry
-    the last label. All rows have the same length, without pads; fill is a real token. Test rows hold cycles that a hash
-    picks, one in 8, training rows the others.
+    window `[K_k, u_1, ..., u_q, fill]`. With several `cycles`, each has names and windows of its own, one cycle after
+    another. One of them, all equally likely, is asked about. The label right after each u is its k-th successor. It is
+    never fed back, so every answer stands alone; the fill at the end carries the last label. All rows have the same
+    length, without pads; fill is a real token. Test rows hold cycles that a hash picks, one in 8, training rows the
+    others.
 
-    L is the larger of `q + 2` and the most edges in a window: with one window and all n nodes asked it is n + 2, and
+    L is the larger of `q + 2` and the most edges in a window. With one window and all n nodes asked it is n + 2, and
     the edges' window ends in two fills. `num_queries = n - 2` fits L = n exactly.
 
     Tokens: n² edges per cycle, then n nodes per cycle, one per hop count in `hops`, and the fill.
@@ -97,14 +97,14 @@ class KHop(Task):
         return self.num_nodes if self.num_queries is None else self.num_queries
 
     def chance(self, difficulty: int) -> float:
-        """Any node but the one asked for, all equally likely: 1 / (n - 1).
+        """Share of right guesses among all nodes but the one asked for: 1 / (n - 1).
 
         Who knows hops 1 and 2 and guesses among the other nodes gets 1 / (n - 3) at the hops beyond.
         """
         return 1 / (self.num_nodes - 1)
 
     def answers(self, row: Row) -> list[tuple[int, list[int]]]:
-        """Every node is an answer of its own."""
+        """List every node as an answer of its own."""
         return [(row["difficulty"], [i]) for i, label in enumerate(row["labels"]) if label != IGNORED]
 
     def _make(self, rng: random.Random, split: str) -> Row:

@@ -37,7 +37,7 @@ def evolve(cells: np.ndarray, steps: int, boundary: str = "ring") -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def density(width: int, steps: int, boundary: str = "ring") -> float:
-    """How often the first of `width` random bits is 1 after `steps`.
+    """Share of strings of `width` random bits whose first is 1 after `steps`.
 
     Exact up to 16 bits that matter, else from 2^20 seeded strings: a standard error of 0.0005.
     """
@@ -55,8 +55,8 @@ class Rule110(Task):
 
     A row is `num_strings * width` bits (tokens 0 and 1), the query token 2, and `num_strings` answers: answer i is the
     first bit of string i after `steps` steps. With L = `width` every string fills one window that sleeps. The query
-    token opens the last window, which is read in one pass and holds all that is predicted, so the strings are known
-    from the fast weights alone (hard eviction). All rows have the same length, without pads.
+    token opens the last window, which is read in one pass and holds all that is predicted. So with hard eviction the
+    strings are known from the fast weights alone. All rows have the same length, without pads.
 
     Args:
         width: W, bits in a string.
@@ -107,7 +107,7 @@ class Rule110(Task):
 
     @property
     def claims_depth(self) -> bool:
-        """Whether accuracy speaks of depth: W > 2t + 1, so that an answer depends on 2t + 1 distinct bits.
+        """Tell whether accuracy speaks of depth: W > 2t + 1, so that an answer depends on 2t + 1 distinct bits.
 
         Below that the light cone wraps around the ring, and a small ring can be learned by heart: at W = 8 there are
         256 strings. The paper's W = 24 passes up to t = 11; it has 2^24 strings.
@@ -115,7 +115,7 @@ class Rule110(Task):
         return self.width > 2 * self.steps + 1
 
     def chance(self, difficulty: int) -> float:
-        """Always the commoner bit, for every string of the row: 0.100 in the paper's setting at t = 32."""
+        """Share of rows in which the commoner bit is right for every string: 0.100 in the paper's setting at t = 32."""
         ones = density(self.width, difficulty, self.boundary)
         return max(ones, 1 - ones) ** self.num_strings
 

@@ -1,4 +1,4 @@
-"""What every synthetic task shares: seeded rows, materialised or endless, and how answers are judged."""
+"""Base of the synthetic tasks: seeded rows, materialised or endless, and how answers are judged."""
 
 import random
 from abc import ABC, abstractmethod
@@ -20,8 +20,8 @@ class Task(ABC):
     """A seeded generator of rows; subclasses are frozen dataclasses of the task's parameters.
 
     Row i is a function of (task, seed, split, i) alone, so `dataset` and `stream` give the same rows in any process,
-    and a run can be resumed and shared out. Seeds and splits are drawn independently of each other; parameters are
-    not, so that Rule 110 at two depths asks about the same strings.
+    and a run can be resumed and shared out. Seeds and splits are drawn independently of each other. Parameters are not,
+    so that Rule 110 at two depths asks about the same strings.
 
     A row has `input_ids` and `labels` (tokens; -100 where there is no loss). The label at a token is what the model
     should say right before it, as everywhere in transformers: the model shifts. Tokens are real (attended, counted by

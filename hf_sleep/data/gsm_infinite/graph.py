@@ -14,7 +14,7 @@ SAMPLES = 1000
 
 
 class Shape(NamedTuple):
-    """What a quantity is: a form over different operands, and how a constant before it is applied."""
+    """The kind of a quantity: a form over different operands, and how a constant before it is applied."""
 
     form: str
     arity: int = 0
@@ -105,8 +105,8 @@ def _choices(left: int, num_unused: int, num_used: int, d: int) -> tuple[list[tu
 def draw_graph(rng: random.Random, op: int, mode: str, d: int) -> tuple[list[Node], int]:
     """The quantities of a problem of exactly `op` operations, each after its operands, and the answer.
 
-    The last one is asked for; in reverse it is stated and the first is asked for. All are needed: those that nothing
-    uses yet never add up to more than `MAX_VALUE`, so that summing them always works, and what follows from an unknown
+    The last one is asked for; in reverse it is stated and the first is asked for. All are needed. Those that nothing
+    uses yet never add up to more than `MAX_VALUE`, so that summing them always works. What follows from an unknown
     grows with it.
     """
     reverse, given = mode == "reverse", rng.randint(1, 4)
@@ -148,7 +148,7 @@ def _draw_node(rng: random.Random, shape: Shape, fresh: int, new: list[Node], ol
 
 @lru_cache(maxsize=1024)
 def majority(mode: str, op: int, d: int = 3) -> float:
-    """How often the commonest answer is right, in 1,000 seeded graphs: a standard error of at most 0.016."""
+    """Share of the commonest answer in 1,000 seeded graphs: a standard error of at most 0.016."""
     rng = random.Random(f"{mode}/{op}/{d}")
     answers = Counter(draw_graph(rng, op, mode, d)[1] for _ in range(SAMPLES))
     return answers.most_common(1)[0][1] / SAMPLES

@@ -39,8 +39,8 @@ class GSMInfinite(Task):
 
     A problem is an acyclic graph of quantities, one to a sentence (`The X equals 2 plus the sum of the Y and the Z.`),
     told in random order. A forward problem asks for one of them. A reverse problem has an unknown from 1 to 4, states
-    what becomes of it, and asks for it; what is stated grows with the unknown, so that one value fits. With d = 2
-    quantities are counts of a kind in a place; d = 3 adds averages, and totals of a place: the sum of its counts, or of
+    what becomes of it, and asks for it. What is stated grows with the unknown, so that one value fits. With d = 2
+    quantities are counts of a kind in a place. d = 3 adds averages, and totals of a place: the sum of its counts, or of
     its counts times averages, which no sentence says. Quantities, and differences in a sentence, are 1 to 99.
 
     Distractors fill the prompt up to a length that is drawn before the problem and so says nothing about it. They are
@@ -122,7 +122,7 @@ class GSMInfinite(Task):
         return tuple(range(self.ops[0], self.ops[1] + 1))
 
     def chance(self, difficulty: int, mode: str | None = None) -> float:
-        """How often the commonest answer of a mode is right at `difficulty` operations; by default the modes' mean."""
+        """Share of the commonest answer of a mode at `difficulty` operations; by default the modes' mean."""
         self._check("difficulty", difficulty, difficulty in range(1, MAX_OPS + 1), f"from 1 to {MAX_OPS}")
         self._check("mode", mode, mode in (None, *MODES), f"one of {MODES}, or None")
         modes = self.modes if mode is None else (mode,)
@@ -180,7 +180,7 @@ class GSMInfinite(Task):
         return row | {"mode": problem.mode, "depth": problem.depth, "template": problem.template}
 
     def exact_match(self, generated: list[int], row: Row) -> bool:
-        """Whether tokens generated after the prompt are, up to EOS, the answer and nothing else."""
+        """Tell whether tokens generated after the prompt are, up to EOS, the answer and nothing else."""
         ids = [*generated, self._tokenizer.eos_token_id]
         text = self._tokenizer.decode(ids[: ids.index(self._tokenizer.eos_token_id)])
         return text.strip() == str(row["answer"])
@@ -208,7 +208,7 @@ class GSMInfinite(Task):
 
     @cached_property
     def _num_kinds(self) -> int:
-        """As many as fill a prompt with sentences of a quarter of the longest; at least 4."""
+        """Kinds that fill a prompt with sentences of a quarter of the longest; at least 4."""
         fill = 4 * self.tokens[1] // (PLACES * (self.d - 1) * self._longest[1]) if self.tokens[1] else 0
         return min(max(fill, 4), NUM_NAMES)
 

@@ -1,4 +1,4 @@
-"""From a graph to sentences: names for its quantities, distractors, and the problem as text."""
+"""Sentences of a graph: names for its quantities, distractors, and the problem as text."""
 
 import random
 from collections.abc import Iterator
