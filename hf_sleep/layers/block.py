@@ -44,8 +44,8 @@ class FastWeightMixer(nn.Module):
         super().__init__()
         if not is_whole(head_dim * expand_v):
             raise ValueError(
-                f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; "
-                f"head_dim={head_dim} times expand_v must be a whole number"
+                f"expand_v={expand_v} gives heads of {head_dim * expand_v} values; head_dim={head_dim} times expand_v "
+                "must be a whole number"
             )
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -89,7 +89,7 @@ class FastWeightMixer(nn.Module):
 
     @property
     def is_untrained(self) -> bool:
-        """Whether `forward` is known to return zero. Reads parameters: call it rarely."""
+        """Tell whether `forward` is known to return zero. Reads parameters: call it rarely."""
         weight = self.o_proj.weight
         return not weight.is_meta and not bool(weight.any())
 
@@ -152,7 +152,7 @@ class FastWeightBlock(nn.Module):
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the block is known to add nothing to the base. Reads its weights: call it rarely."""
+        """Tell whether the block is known to add nothing to the base. Reads its weights: call it rarely."""
         return self.mixer.is_untrained
 
     @property
@@ -162,7 +162,7 @@ class FastWeightBlock(nn.Module):
 
 
 def keeping(fn: Callable, tensors: Iterable[torch.Tensor]) -> Callable:
-    """`fn`, as `nn.Module._apply` takes it, without the cast to 16 bits where it is called with one of `tensors`."""
+    """Make `fn`, as `nn.Module._apply` takes it, leave out the cast to 16 bits where it gets one of `tensors`."""
     kept = [t for tensor in tensors for t in (tensor, tensor.grad) if t is not None]
 
     def apply(t: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What every gated-delta-rule mixer has: decay and write gates, the recurrence, the gated output norm."""
+"""Base of the gated-delta-rule mixers: decay and write gates, the recurrence, the gated output norm."""
 
 import math
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def misfit(name: str, x: Tensor, what_works: str) -> ValueError:
-    """The error for a tensor whose shape does not fit, to be raised."""
+    """Make the error of a tensor whose shape does not fit, to be raised."""
     return ValueError(f"{name} has shape {tuple(x.shape)}: it must be {what_works}")
 
 
@@ -69,7 +69,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it, what was cast stays cast: autocast is off on `device`."""
+    """Switch autocast off on `device`, so that what was cast stays cast."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -29,8 +29,8 @@ def chunked_delta_rule(
 class _ChunkedDeltaRule(torch.autograd.Function):
     """`chunk_gated_delta_rule` for T a multiple of the chunk size c, and its gradient.
 
-    Inside, tensors are `[C, N, c, ...]`: chunks, rows times heads, tokens of a chunk; the states between
-    chunks are `[C + 1, N, K, V]`. With G the running sum of g in a chunk, and D_ij = exp(G_i - G_j) beta_j for j <= i:
+    Inside, tensors are `[C, N, c, ...]`: chunks, rows times heads, tokens of a chunk; the states between chunks are
+    `[C + 1, N, K, V]`. With G the running sum of g in a chunk, and D_ij = exp(G_i - G_j) beta_j for j <= i:
 
         w = (I + strict(k k^T * D))^-1 (v - exp(G) k S)        what a token corrects, before beta
         o = exp(G) q S + (q k^T * D) w

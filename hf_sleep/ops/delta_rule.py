@@ -186,7 +186,7 @@ def _naive_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, 
 
 
 def _step_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """In few calls, because calls are the cost of a decode step."""
+    """Compute one token in few calls, because calls are the cost of a decode step."""
     batch, _, heads, key_dim = q.shape
     dtype, n = state.dtype, batch * heads
     qk = torch.stack([q, k]).to(dtype).view(2, n, 1, key_dim)

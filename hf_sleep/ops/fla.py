@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def backend(device: torch.device | str) -> str:
-    """What `gated_delta_rule` uses on `device`: `"fla"` (Triton kernels, for 16-bit values) or `"torch"`.
+    """Name what `gated_delta_rule` uses on `device`: `"fla"` (Triton kernels, for 16-bit values) or `"torch"`.
 
     fla's kernels refuse fp32, so fp32 and fp64 values are computed by torch everywhere. A GPU without fla works, but
     slowly, and says so once per process.
@@ -21,12 +21,12 @@ def backend(device: torch.device | str) -> str:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether fla and Triton are installed. The first call warns where they are not."""
+    """Tell whether fla and Triton are installed. The first call warns where they are not."""
     if importlib.util.find_spec("fla") is not None and importlib.util.find_spec("triton") is not None:
         return True
     warnings.warn(
-        "hf_sleep runs the gated delta rule on the GPU with its slow torch fallback, "
-        'because flash-linear-attention is not installed: pip install "hf-sleep[gpu]"',
+        "hf_sleep runs the gated delta rule on the GPU with its slow torch fallback, because flash-linear-attention is "
+        'not installed: pip install "hf-sleep[gpu]"',
         stacklevel=5,
     )
     return False

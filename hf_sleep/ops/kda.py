@@ -59,7 +59,7 @@ def naive_kda(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`kda` token by token, as its formula reads: what the others are judged by.
+    """`kda` token by token, as its formula reads: the judge of the others.
 
     Source: Kimi Team 2025, Kimi Linear (arXiv 2510.26692), Eq. 1.
     """
@@ -177,7 +177,7 @@ def _scores(rows: Tensor, k: Tensor, g: Tensor) -> Tensor:
 
 
 def _sums_after(g: Tensor) -> Tensor:
-    """Per token of `[..., c, K]`, the sum of g over the tokens after it."""
+    """Sum g `[..., c, K]` over the tokens after each one."""
     return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 

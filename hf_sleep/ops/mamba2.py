@@ -1,8 +1,8 @@
 """Mamba2's state space duality: decay by one number per head and token, write an outer product, read it.
 
-Shapes are `[B, T, H, V]` (rows, tokens, heads, value width) and `[B, T, G, K]` (groups of heads that share keys).
-In the words of linear attention B are keys, C queries and `dt * x` values, so that the state is `[B, H, K, V]` as it is
-of the other operators. Mamba's own layout `[B, H, P, N]` is its transpose, P = V and N = K.
+Shapes are `[B, T, H, V]` (rows, tokens, heads, value width) and `[B, T, G, K]` (groups of heads that share keys). In
+the words of linear attention B are keys, C queries and `dt * x` values, so that the state is `[B, H, K, V]` as it is of
+the other operators. Mamba's own layout `[B, H, P, N]` is its transpose, P = V and N = K.
 """
 
 import torch
@@ -62,7 +62,7 @@ def naive_mamba2(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mamba2` token by token, as its formula reads: what the others are judged by.
+    """`mamba2` token by token, as its formula reads: the judge of the others.
 
     Source: Dao & Gu 2024 (arXiv 2405.21060), §2.
     """
