@@ -152,7 +152,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def is_untrained(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a state dict's blocks are known to add nothing. Sharded and offloaded weights are not looked at."""
+    """Tell whether a state dict's blocks are known to add nothing. Sharded and offloaded weights are not looked at."""
     outputs = [t for name, t in weights.items() if re.fullmatch(r"fast_weights\.\d+\.mixer\.o_proj\.weight", name)]
     if not all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.numel() and not t.is_meta for t in outputs):
         return False
@@ -184,7 +184,7 @@ def _digest(text: str) -> str:
 
 
 def is_our_card(text: str) -> bool:
-    """Whether a README is a card that this package wrote and nobody has changed."""
+    """Tell whether a README is a card that this package wrote and nobody has changed."""
     text = text.replace("\r\n", "\n")
     mark = MARK_PATTERN.search(text)
     return mark is not None and mark[1] == _digest(text[: mark.start()])

@@ -1,4 +1,4 @@
-"""What a user is told once: a model that would forget, cannot learn, or is slow for no reason."""
+"""Warnings that a user gets once: of a model that would forget, cannot learn, or is slow for no reason."""
 
 from typing import Any
 

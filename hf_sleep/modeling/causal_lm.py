@@ -95,9 +95,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
     ) -> "SleepForCausalLM":
         """Retrofit a loaded base model: wrap it and give it fresh fast-weight blocks that add nothing yet.
 
-        The blocks follow from the base's weights alone: whoever loads the same base as it was loaded here gets the
-        same model. For others, as seeds of an experiment, draw them from torch's generator with
-        `block.init_weights(std)` for every block of `model.fast_weights.values()`.
+        The blocks follow from the base's weights alone: whoever loads the same base as it was loaded here gets the same
+        model. For others, as seeds of an experiment, draw them from torch's generator with `block.init_weights(std)`
+        for every block of `model.fast_weights.values()`.
 
         Args:
             base: a causal LM, on any device, quantised or not. It is wrapped, not copied. One of a family that is not
@@ -153,7 +153,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
 
     @property
     def decoder(self) -> Decoder:
-        """How the base's layers are run."""
+        """The adapter that runs the base's layers."""
         return decoder_for(self.lm)
 
     @property
@@ -182,9 +182,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """Watch the sleeps of every call: for a progress bar over a long text, or to know what they cost.
 
         Args:
-            hook: `hook(event)` is called when a sleep is over, in `forward`, `generate` and `sleep` alike, once per row
-                that slept, with a `SleepEvent`: `row`, `tokens` read so far, `seconds`, `sleep_passes`. What it raises
-                ends the call, and leaves the caller's cache as it was.
+            hook: `hook(event)` is called when a sleep is over, once per row that slept, in `forward`, `generate` and
+            `sleep` alike. A `SleepEvent` has `row`, `tokens` read so far, `seconds` and `sleep_passes`. What the hook
+            raises ends the call, and leaves the caller's cache as it was.
 
         Returns:
             A handle whose `remove()` ends it; in a `with` statement it ends with the block.
@@ -197,10 +197,10 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """Watch the passes of every sleep.
 
         Args:
-            hook: `hook(number, written)` is called after each pass over a window that sleeps, the ordinary read being
-                number 1, with the fast weights `[B, H, K, V]` that the pass left in each looped layer, a row per
-                sequence that sleeps. They are part of the graph; they must not be changed. A hook on one of them, for
-                its gradient, must not hold one: that is a cycle through the graph, which no collector sees.
+            hook: `hook(number, written)` is called after each pass over a window that sleeps; the ordinary read is
+            number 1. `written` has the fast weights `[B, H, K, V]` that the pass left in each looped layer, a row per
+            sequence that sleeps. They are part of the graph, and must not be changed. A hook on one of them, for its
+            gradient, must not hold one: that is a cycle through the graph, which no collector sees.
 
         Returns:
             A handle whose `remove()` ends it.
@@ -227,11 +227,11 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             self.config.sleep = before
 
     def slot_devices(self) -> list[torch.device]:
-        """Where each layer's cache lives, in running order."""
+        """Device of each layer's cache, in running order."""
         return [slot.device for slot in self._sleeper().order.slots]
 
     def fast_slots(self) -> frozenset[int]:
-        """Which layers, in running order, carry fast weights."""
+        """Layers that carry fast weights, by their place in the running order."""
         return self._sleeper().order.fast_slots
 
     def get_input_embeddings(self) -> nn.Module:
@@ -247,8 +247,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         self.lm.set_output_embeddings(new_embeddings)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
-        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole
-        # (window, pass) is checkpointed here instead.
+        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole (window,
+        # pass) is checkpointed here instead.
         self.gradient_checkpointing = enable
 
     @takes_cache
@@ -276,7 +276,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             input_ids: `[B, T]` token ids.
             attention_mask: `[B, T]`, or `[B, past + T]`, whose past must be what was read with. It is compared column
                 by column, so the first is cheaper. 0 at pads, which may stand at either end.
-            cache: the cache to continue from; is moved on, and left as it was when an error is raised.
+            cache: the cache to continue from. It is moved on, and left as it was when an error is raised.
             inputs_embeds: `[B, T, C]` instead of `input_ids`.
             labels: `[B, T]`, -100 where ignored; logits at a token predict the label of the next, in whatever window.
                 Targets at pads are ignored.
@@ -299,8 +299,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
 
         Returns:
             `CausalLMOutputWithPast` with `logits` `[B, T or logits_to_keep, vocab]` (zeros at pads), `loss` and
-            `cache`. In training with `labels`, `logits` is `None`, as they are made only where a target wants
-            them; an explicit `logits_to_keep` asks for them all the same.
+            `cache`. In training with `labels`, `logits` is `None`, as they are made only where a target wants them; an
+            explicit `logits_to_keep` asks for them all the same.
 
         Raises:
             ValueError: for input that cannot be read, before anything has changed.

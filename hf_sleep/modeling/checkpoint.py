@@ -46,7 +46,7 @@ PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "
 
 
 class CheckpointMixin(SleepPreTrainedModel):
-    """How a `SleepForCausalLM` is saved, pushed to the Hub, and loaded again."""
+    """Saves a `SleepForCausalLM`, pushes it to the Hub, and loads it again."""
 
     lm: PreTrainedModel
     fast_weights: nn.ModuleDict

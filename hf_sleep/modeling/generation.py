@@ -1,4 +1,4 @@
-"""How `generate` uses a sleeping model: its cache, and a conversation that the cache has read a part of."""
+"""`generate` with a sleeping model: its cache, and a conversation that the cache has read a part of."""
 
 import functools
 from typing import Any

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Headless(nn.Module):
     """A sleeping model that stops before its head: it reads and sleeps as the model does.
 
-    What `base_model` is, for those who apply the head themselves, as TRL's trainers do from within the model's
-    forward. It calls the class's own forward: theirs has taken the place of the instance's, and hooks have run.
+    `base_model` is one, for those who apply the head themselves, as TRL's trainers do from within the model's forward.
+    It calls the class's own forward: theirs has taken the place of the instance's, and hooks have run.
 
     Args:
         model: a `SleepForCausalLM`.
@@ -26,5 +26,5 @@ class Headless(nn.Module):
         self._tp_plan, self._pp_plan = model._tp_plan, model._pp_plan
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As `SleepForCausalLM.forward` without labels: `last_hidden_state` `[B, T, C]` instead of logits."""
+        """Run `SleepForCausalLM.forward` without labels: `last_hidden_state` `[B, T, C]` instead of logits."""
         return type(self.model).forward(self.model, *args, **kwargs, skip_head=True)

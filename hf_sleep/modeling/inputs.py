@@ -1,4 +1,4 @@
-"""What a call gives: which of its columns are tokens, and all checks. They come before anything is changed."""
+"""Inputs of a call: which of its columns are tokens, and all checks. They come before anything is changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +10,7 @@ from ..cache import SleepCache
 from ..memory import Memory
 from ..packing import MARKS, refuse_packed
 
-# Of what stock models take as further keywords, what no answer here depends on, and the values with which others say
-# nothing.
+# Further keywords of stock models: those that no answer here depends on, and values with which others say nothing.
 UNUSED_KEYWORDS = ("cache_position", "token_type_ids")
 SAYING_NOTHING = {
     "is_causal": (None, True),
@@ -23,7 +22,7 @@ SAYING_NOTHING = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the real tokens of a call's columns are.
+    """Places of the real tokens in a call's columns.
 
     Args:
         start: first real column per row.
@@ -37,12 +36,12 @@ class Layout:
 
     @classmethod
     def of_all(cls, batch_size: int, width: int) -> "Layout":
-        """Every column holds a token."""
+        """Lay out a call in which every column holds a token."""
         return cls([0] * batch_size, [width] * batch_size, width)
 
     @classmethod
     def of_mask(cls, mask: torch.Tensor) -> "Layout":
-        """The tokens of `mask` `[B, width]`, 0 at pads.
+        """Lay out the tokens of `mask` `[B, width]`, 0 at pads.
 
         Raises:
             ValueError: a pad between two tokens of a row.
@@ -63,7 +62,7 @@ class Layout:
 
     @property
     def is_full(self) -> bool:
-        """Whether every column of every row holds a token."""
+        """Tell whether every column of every row holds a token."""
         return min(self.counts) == self.width
 
     def mask(self) -> torch.Tensor:
@@ -81,7 +80,7 @@ class Layout:
         return torch.take_along_dim(t, index.view(*index.shape, *(1,) * (t.dim() - 2)), dim=1)
 
     def lengthened(self, longest: int) -> "Layout":
-        """With `longest` tokens in the row that has most of them: those after its end count as real."""
+        """Lengthen the longest row to `longest` tokens: those after its end count as real."""
         row = max(range(len(self.counts)), key=self.counts.__getitem__)
         counts = [longest if b == row else n for b, n in enumerate(self.counts)]
         return Layout(self.start, counts, max(self.width, self.start[row] + longest))
@@ -124,7 +123,7 @@ def check_settings(logits_to_keep: Any, backprop_windows: Any, skip_head: bool, 
 
 
 def memory_in(cache: SleepCache | None, model: Any) -> Memory:
-    """What `cache` holds for `model`; of none, the memory of no sequence at all.
+    """Take what `cache` holds for `model`; of none, the memory of no sequence at all.
 
     Raises:
         ValueError: a cache of another kind, or of another model.

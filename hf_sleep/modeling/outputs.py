@@ -1,4 +1,4 @@
-"""What a call returns: logits and loss, made of what was read."""
+"""Outputs of a call: logits and loss, made of what was read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What a call is asked for.
+    """Request of a call: what it wants of what is read.
 
     Args:
         layout: of the columns that are read.
@@ -43,7 +43,7 @@ class Asked:
     def of(
         cls, labels: torch.Tensor | None, layout: Layout, read: Layout, logits_to_keep: int, in_training: bool
     ) -> "Asked":
-        """What labels and settings ask for.
+        """Read what labels and settings ask for.
 
         Args:
             labels: `[B, T]`, or `None`.
@@ -93,7 +93,7 @@ def answer(
     skip_head: bool,
     is_checkpointing: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What was asked for.
+    """Make what was asked for.
 
     Args:
         asked: for what.
@@ -203,7 +203,7 @@ def loss_of_reads(
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Of logits `[..., vocab]`, in fp32 at least; targets of `IGNORED` do not count."""
+    """Sum the cross-entropy of logits `[..., vocab]`, in fp32 at least; targets of `IGNORED` do not count."""
     high = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.device).flatten()
     return F.cross_entropy(high.flatten(0, -2), targets, ignore_index=IGNORED, reduction="sum")
@@ -229,7 +229,7 @@ def mean_loss(
 
 
 def _without_surplus(given: torch.Tensor, count: torch.Tensor, surplus: torch.Tensor) -> torch.Tensor:
-    """How many targets a step has, of which Trainer says that it has `given`.
+    """Estimate how many targets a step has, of which Trainer says that it has `given`.
 
     Args:
         given: labels of the whole step, with those that nothing predicts.
