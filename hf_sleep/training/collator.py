@@ -16,8 +16,8 @@ PADDING_SIDES = ("left", "right")
 class SleepCollator:
     """Pads rows to one width.
 
-    A sleeping model reads each row on its own and its windows count real tokens, so neither the side nor the amount of
-    padding changes a row's windows, loss or answers, nor does the token that pads are filled with.
+    A sleeping model reads each row on its own, and its windows count real tokens. So the side and the amount of
+    padding, and the token that pads are filled with, change no row's windows, loss or answers.
 
     Rows have `input_ids`, and may have `labels` and an `attention_mask`; other columns (`difficulty`, `answer`) are
     dropped. Labels that nothing predicts, at pads and at a row's first token, become `IGNORED`: the Trainer divides the

@@ -1,4 +1,4 @@
-"""Are the answers right: teacher-forced for `SleepTrainer.evaluate`, and through `generate` as a callback."""
+"""Judging answers: teacher-forced for `SleepTrainer.evaluate`, and through `generate` as a callback."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
 
 
 class GenerationEvaluation(TrainerCallback):
-    """After each evaluation, lets the model generate answers and reports exact matches by difficulty and by N.
+    """Lets the model generate answers after each evaluation, and reports exact matches by difficulty and by N.
 
     `eval_generate_accuracy_{difficulty}_passes_{N}`, and without the difficulty their mean over difficulties, are added
     to the evaluation's metrics and logged; of rows that have no difficulty, their mean alone. Greedy; an answer counts
@@ -117,7 +117,7 @@ class GenerationEvaluation(TrainerCallback):
 
 
 def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
-    """`trainer`, or a `TypeError` that says how a callback that logs is added."""
+    """Return `trainer`, or raise `TypeError` that says how a callback that logs is added."""
     if not isinstance(trainer, Trainer):
         name = type(callback).__name__
         raise TypeError(

@@ -15,9 +15,9 @@ from .parameters import refuse_sharded
 class NonFiniteGuard(TrainerCallback):
     """Stops training when the loss, a gradient or a weight is not finite, before it is stepped on or saved.
 
-    Every gradient is looked at where it is accumulated, since clipping by a NaN norm makes all of them NaN; weights are
-    looked at whenever a checkpoint may be written. One read of every gradient per micro-batch, one wait for the device
-    per step. All ranks stop together.
+    Every gradient is looked at where it is accumulated, since clipping by a NaN norm makes all of them NaN. Weights are
+    looked at whenever a checkpoint may be written. It costs one read of every gradient per micro-batch, and one wait
+    for the device per step. All ranks stop together.
 
     Raises:
         FloatingPointError: with the step, the first weight, or the first gradient in the backward pass, that is not

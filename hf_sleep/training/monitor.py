@@ -34,8 +34,8 @@ class SleepMonitor(TrainerCallback):
 
     And of the last training step, on this process:
 
-    - `gradient_norm_pass_1`, ..., `gradient_norm_pass_N`: of the loss, with respect to the fast weights that the
-      n-th pass left in the looped layers, over all windows that slept (the ordinary read is pass 1).
+    - `gradient_norm_pass_1`, ..., `gradient_norm_pass_N`: of the loss, with respect to the fast weights that the n-th
+      pass left in the looped layers, over all windows that slept (the ordinary read is pass 1).
 
     Args:
         trainer: whose `log` reports it.
@@ -140,7 +140,7 @@ class SleepMonitor(TrainerCallback):
 
 
 def fast_weights(cache: SleepCache) -> list[torch.Tensor]:
-    """Per layer that has them, the fast weights `[B, H, K, V]` that a cache holds."""
+    """List the fast weights `[B, H, K, V]` that a cache holds, per layer that has them."""
     layers: Any = cache.memory.carried
     return [layers[slot][0] for slot in sorted(cache.fast_slots)]
 

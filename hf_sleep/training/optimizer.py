@@ -12,11 +12,11 @@ Signature = list[tuple[str, str, tuple[int, ...]]]
 
 
 def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
-    """Which optimizer trains what.
+    """Choose which optimizer trains what.
 
     Muon takes the weights of linear layers, the head apart (tied or not), as long as they are matrices: a layer with
     one output is a vector. AdamW takes all else: embeddings, head, norms, biases, decay gates (`A_log`, `dt_bias`),
-    taps of short convolutions, routers and fused experts; of these only what has at least two dimensions is decayed.
+    taps of short convolutions, routers and fused experts. Of these only what has at least two dimensions is decayed.
 
     Args:
         model: a `SleepForCausalLM`, or anything else with its methods (a PEFT model of it).
@@ -132,7 +132,7 @@ def signature(groups: Iterable[dict[str, Any]]) -> Signature:
 
 
 def check_signature(state_dict: dict[str, Any], ours: Signature) -> None:
-    """Whether an optimizer's state was written for these parameters.
+    """Check that an optimizer's state was written for these parameters.
 
     Args:
         state_dict: of a `MuonAdamW`.
@@ -143,8 +143,8 @@ def check_signature(state_dict: dict[str, Any], ours: Signature) -> None:
     """
     if not all("param_shapes" in group for group in state_dict["param_groups"]):
         raise ValueError(
-            "this optimizer state was not written by MuonAdamW: "
-            "continue with the optimizer that wrote it, or start a new run from the checkpoint's weights"
+            "this optimizer state was not written by MuonAdamW: continue with the optimizer that wrote it, or start a "
+            "new run from the checkpoint's weights"
         )
     for theirs, mine in itertools.zip_longest(signature(state_dict["param_groups"]), ours):
         if theirs != mine:
@@ -152,8 +152,7 @@ def check_signature(state_dict: dict[str, Any], ours: Signature) -> None:
                 "nothing" if entry is None else f"{entry[1]} {list(entry[2])} ({entry[0]})" for entry in (theirs, mine)
             )
             raise ValueError(
-                "this optimizer state belongs to another model or another choice of what to train: "
-                f"it has {saved} where this model has {here}. "
-                "Build the model and freeze its parameters as in the run that wrote it, "
-                "with the same muon_learning_rate or None"
+                "this optimizer state belongs to another model or another choice of what to train: it has "
+                f"{saved} where this model has {here}. Build the model and freeze its parameters as in the run that "
+                "wrote it, with the same muon_learning_rate or None"
             )

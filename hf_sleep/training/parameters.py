@@ -1,4 +1,4 @@
-"""Which parameters are fast weights, and where they are."""
+"""Fast weights among a model's parameters: their names, freezing all others, and refusing sharded ones."""
 
 from torch import nn
 from torch.distributed.tensor import DTensor

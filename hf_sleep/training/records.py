@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, and whether another run may continue from it."""
+"""Records in a checkpoint of the run that wrote it, and the check that another run may continue from it."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -26,13 +26,13 @@ class SleepRecord(TrainerCallback, ExportableState):
 
 
 def sleep_settings(model: Any) -> dict[str, Any]:
-    """What a checkpoint must agree in with the run that continues it; empty for a model that does not sleep."""
+    """Settings in which a checkpoint and the run that continues it must agree; empty for a model without sleep."""
     sleep = getattr(model.config, "sleep", None)
     return {} if sleep is None else {name: v for name, v in sleep.to_dict().items() if name != "version"}
 
 
 def check_same_run(folder: Path, model: Any, schedules: Iterable[DuringStep]) -> None:
-    """Whether a checkpoint was written by a run that slept, and changed during training, as this one does.
+    """Check that a checkpoint was written by a run that slept, and changed during training, as this one does.
 
     Args:
         folder: the checkpoint.
@@ -76,7 +76,7 @@ def _subclasses(kind: type[DuringStep]) -> Iterator[type[DuringStep]]:
 
 
 def _is_marked(state: dict[str, Any]) -> bool:
-    """Whether a state is of a `DuringStep`, whose class may not be imported here."""
+    """Tell whether a state is of a `DuringStep`, whose class may not be imported here."""
     return state.get("attributes", {}).get("during_step", False)
 
 

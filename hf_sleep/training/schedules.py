@@ -1,4 +1,4 @@
-"""What differs between the steps of a training: N, the eviction style, and which parameters are trained."""
+"""Differences between the steps of a training: N, the eviction style, and which parameters are trained."""
 
 import inspect
 import random
@@ -16,8 +16,10 @@ from ..compat import CHECKPOINTING
 from .parameters import fast_weight_names, refuse_sharded
 
 _CHANGES: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ExitStack]]" = weakref.WeakKeyDictionary()
-"""By model, what its callbacks have changed for the step that runs. They share it, since changes must be taken back
-last first, while a Trainer calls its callbacks first first."""
+"""Changes that a model's callbacks have made for the step that runs, by model.
+
+The callbacks share them: the last change must be taken back first, and a Trainer calls the first callback first.
+"""
 
 
 class DuringStep(TrainerCallback, ExportableState):
@@ -41,7 +43,7 @@ class DuringStep(TrainerCallback, ExportableState):
     _changes: ExitStack | None = None
 
     def change(self, state: Any, model: Any) -> AbstractContextManager:
-        """What the step after `state.global_step` runs in: `model.sleeping(...)`, or any other context manager."""
+        """Make what the step after `state.global_step` runs in: `model.sleeping(...)`, or any other context manager."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -65,7 +67,7 @@ class DuringStep(TrainerCallback, ExportableState):
         self._changes = None
 
     def state(self) -> dict[str, Any]:
-        """What checkpoints record of it: the constructor's arguments.
+        """Record the constructor's arguments, for checkpoints.
 
         Raises:
             TypeError: arguments that are no attributes.
@@ -126,9 +128,9 @@ class SleepPassesSchedule(DuringStep):
 class HardEvictionWarmup(DuringStep):
     """First trains the fast weights alone, with hard eviction, then everything, as configured.
 
-    In the first stage all else is frozen: it has no gradients, so the optimizer neither decays it nor keeps a state of
-    it, and its first state is written in the first step of the second stage. The fast weights' state is kept through
-    both. The learning-rate schedule knows of no stages. What was frozen before training stays frozen in both.
+    In the first stage all else is frozen. It has no gradients, so the optimizer neither decays it nor keeps a state of
+    it until the first step of the second stage. The fast weights' state is kept through both. The learning-rate
+    schedule knows of no stages. What was frozen before training stays frozen in both.
 
     Fast weights are the injected blocks and, in a hybrid, the mixers (not the MLPs) of its own linear-recurrent layers.
 
@@ -150,7 +152,7 @@ class HardEvictionWarmup(DuringStep):
         self.steps, self.epochs = steps, epochs
 
     def is_first_stage(self, state: Any) -> bool:
-        """Whether the step after `state.global_step` belongs to the first stage."""
+        """Tell whether the step after `state.global_step` belongs to the first stage."""
         return state.global_step < self.steps if self.steps is not None else state.epoch < self.epochs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

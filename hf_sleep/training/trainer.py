@@ -245,7 +245,7 @@ class SleepTrainer(Trainer):
     # Checks.
 
     def _check_rows(self) -> None:
-        """The first rows of the training data; what the Trainer drops is still there."""
+        """Check the first rows of the training data, in which what the Trainer drops is still there."""
         rows = [row for row in first_rows(self.train_dataset) if isinstance(row, Mapping)]
         for row in rows:
             refuse_packed(row)
@@ -264,7 +264,7 @@ class SleepTrainer(Trainer):
             )
 
     def _check_checkpoint(self, folder: Path) -> None:
-        """Whether this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
+        """Check that this run is the one that wrote a checkpoint, before its weights are loaded over the model's."""
         check_same_run(folder, self.model, self._during_step())
         optimizer = folder / "optimizer.pt"
         if optimizer.is_file() and self._optimizer_is_ours():
