@@ -30,12 +30,12 @@ class AutoModelForSleepLM:
         """Load a model that sleeps.
 
         Args:
-            pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight
-                blocks, or of a sleep checkpoint.
+            pretrained_model_name_or_path: a Hub id or folder: of a base causal LM, which gets fresh fast-weight blocks,
+                or of a sleep checkpoint.
             sleep: how to sleep. A dictionary sets just the fields that it names, of `SleepConfig()` or of the sleep
                 checkpoint's own: `sleep={"sleep_passes": 4}`. The blocks of a sleep checkpoint cannot be changed.
-            kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision,
-                …). Without `dtype` a checkpoint is loaded in its own, but in float32 where a CPU would have to emulate
+            kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, revision, …).
+                Without `dtype` a checkpoint is loaded in its own, but in float32 where a CPU would have to emulate
                 that: the same values, in twice the bytes. `dtype="auto"` keeps the checkpoint's in any case.
 
         Returns:
@@ -59,9 +59,8 @@ class AutoModelForSleepLM:
             return SleepForCausalLM.from_pretrained(pretrained_model_name_or_path, sleep=sleep, **kwargs)
         if adapter is not None:
             raise ValueError(
-                f"{adapter} holds an adapter for {name}, which does not sleep. "
-                "Merge it first (merge_and_unload of the PeftModel), then retrofit the result with "
-                "SleepForCausalLM.from_base"
+                f"{adapter} holds an adapter for {name}, which does not sleep. Merge it first (merge_and_unload of the "
+                "PeftModel), then retrofit the result with SleepForCausalLM.from_base"
             )
         check_keywords(kwargs, config)
         base, report = _load_base(pretrained_model_name_or_path, kwargs)

@@ -1,4 +1,4 @@
-"""What transformers asks of a cache, around what a sequence remembers."""
+"""Cache of a sleeping model: what transformers asks of a cache, around what a sequence remembers."""
 
 import weakref
 from typing import Any
@@ -12,8 +12,8 @@ from .memory import KV, FastWeights, Memory
 class SleepCache(Cache):
     """Cache of a `SleepForCausalLM`: bounded KV, fast weights, and the current window.
 
-    Make an empty one and pass it as `cache`, or take it from a model's output. It holds one batch; every
-    row has its own counters, so rows may be of different lengths and sleep at different steps.
+    Make an empty one and pass it as `cache`, or take it from a model's output. It holds one batch. Every row has its
+    own counters, so rows may be of different lengths and sleep at different steps.
 
     Source: Lee et al. 2026, Alg. 1 and §5.
     """
@@ -25,7 +25,7 @@ class SleepCache(Cache):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no call has used this cache yet."""
+        """Tell whether no call has used this cache yet."""
         return not self.memory.counters
 
     def hold(self, owner: Any, memory: Memory) -> None:
@@ -33,7 +33,7 @@ class SleepCache(Cache):
         self.memory, self._owner = memory, weakref.ref(owner)
 
     def belongs_to(self, model: Any) -> bool:
-        """Whether `model` wrote this cache."""
+        """Tell whether `model` wrote this cache."""
         return self._owner is not None and self._owner() is model
 
     def fork(self) -> "SleepCache":
@@ -56,7 +56,7 @@ class SleepCache(Cache):
         twin.memory = self.memory.map(lambda t: t.clone())
         return twin
 
-    # What generate asks of a Cache.
+    # For generate.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far, pads included: the logical length, which eviction does not change."""
@@ -85,10 +85,10 @@ class SleepCache(Cache):
         self.select_rows(torch.arange(len(self.memory.counters)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what a sleep wrote cannot be taken back."""
+        """Refuse: what a sleep wrote cannot be taken back."""
         raise NotImplementedError(
-            "a SleepCache cannot be cropped: fast weights cannot be rewound. Keep `cache.fork()` from before "
-            "and continue from it"
+            "a SleepCache cannot be cropped: fast weights cannot be rewound. Keep `cache.fork()` from before and "
+            "continue from it"
         )
 
     def reset(self) -> None:
@@ -96,7 +96,7 @@ class SleepCache(Cache):
         self.memory, self._owner = Memory(), None
 
     def activate_past_recording(self) -> None:
-        """Refused, as `crop` is."""
+        """Refuse, as `crop` does."""
         self.crop(0)
 
     @property
@@ -132,12 +132,12 @@ class SleepCache(Cache):
 
     @property
     def max_kv_length(self) -> int:
-        """KV of how many tokens is held, of the row that holds most."""
+        """Tokens whose KV is held, in the row that holds most."""
         return max((row.kv_length for row in self.memory.counters), default=0)
 
     @property
     def fast_slots(self) -> frozenset[int]:
-        """Which layers, in running order, carry fast weights."""
+        """Layers that carry fast weights, by their place in the running order."""
         return frozenset(i for i, pair in enumerate(self.memory.carried) if isinstance(pair, FastWeights))
 
     def kv_bytes(self) -> int:

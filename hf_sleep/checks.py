@@ -1,15 +1,15 @@
-"""How errors are said: the field, the value, and what would work."""
+"""Errors that name the field, the value, and what would work."""
 
 import math
 
 
 def is_whole(width: float) -> bool:
-    """Whether `width` is a positive whole number, but for the rounding of a ratio such as 2.6666666667."""
+    """Tell whether `width` is a positive whole number, but for the rounding of a ratio such as 2.6666666667."""
     return math.isfinite(width) and round(width) >= 1 and abs(width - round(width)) < 1e-6 * width
 
 
 def reject(field: str, value: object, what_works: str) -> ValueError:
-    """The error for a setting that cannot work, to be raised.
+    """Make the error of a setting that cannot work, to be raised.
 
     Args:
         field: with its owner: `"SleepConfig.window_size"`.
@@ -26,7 +26,7 @@ def require_int(field: str, value: object, least: int) -> None:
 
 
 def require_int_tuple(field: str, value: object) -> tuple[int, ...]:
-    """`value` as a tuple of integers, or a `ValueError`."""
+    """Return `value` as a tuple of integers, or raise `ValueError`."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise reject(field, value, "it must be a tuple of integers")
     items = tuple(value)

@@ -1,4 +1,4 @@
-"""What differs between the supported releases of transformers. Nothing else in the package asks for a version.
+"""Differences between the supported releases of transformers. Nothing else in the package asks for a version.
 
 Each entry says from which release on it can go: once that is the oldest one supported, its branch is deleted.
 """

@@ -1,4 +1,4 @@
-"""How a model sleeps. Nothing here needs torch or transformers, so that a command's help can be made of it."""
+"""Settings of sleep. Nothing here needs torch or transformers, so that a command's help can be made of it."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class SleepConfig:
-    """How a model sleeps, and which fast-weight blocks it is given to sleep with.
+    """Settings of a model's sleep, and of the fast-weight blocks that it is given to sleep with.
 
     A value that never changes: `with model.sleeping(sleep_passes=3):` sleeps with other settings for a while, and
     `dataclasses.replace` makes another config of this one.
@@ -114,7 +114,7 @@ class SleepConfig:
         return reject(f"SleepConfig.{field}", getattr(self, field), what_works)
 
     def _registered_policy(self) -> "int | PassPolicy":
-        """What `sleep_passes` means where it is no number: a policy, or what `to_dict` made of one."""
+        """Read `sleep_passes` where it is no number: a policy, or what `to_dict` made of one."""
         from .engine.passes import FixedPasses, pass_policy, policy_fields
 
         policy = pass_policy(self.sleep_passes, "SleepConfig.sleep_passes")
@@ -137,7 +137,7 @@ class SleepConfig:
         return self.make_eviction().max_position
 
     def resolve(self, text_config: "PreTrainedConfig") -> "SleepConfig":
-        """Fill what was left open from the base's config, and check that the two fit together.
+        """Fill in what was left open, from the base's config, and check that the two fit together.
 
         Args:
             text_config: config of the base decoder.

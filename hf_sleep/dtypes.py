@@ -1,4 +1,4 @@
-"""Which floating dtype a machine computes in: one that it multiplies in itself, and does not emulate."""
+"""Floating dtypes that a machine multiplies in itself, and does not emulate."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ def default_dtype(device: torch.device | str | int | None = None) -> torch.dtype
 
     An NVIDIA GPU has bfloat16 from Ampere on, and every AMD GPU that torch runs on has it. A CPU has it with
     AVX512-BF16, AMX or Arm's BF16 and a torch with oneDNN. Without, a product takes many times what it takes in
-    float32. Nothing was run on other devices (Apple's MPS, Intel's XPU): they get float32, which each of them has.
-    float16 is never chosen: what was trained in bfloat16 overflows in it, and training in it needs a loss scaler.
+    float32. Nothing was run on other devices (Apple's MPS, Intel's XPU): they get float32, which each of them has. It
+    never is float16: what was trained in bfloat16 overflows in it, and training in it needs a loss scaler.
 
     Args:
         device: where the model will compute; by default the accelerator, where there is one, else the CPU.
@@ -29,7 +29,7 @@ def default_dtype(device: torch.device | str | int | None = None) -> torch.dtype
 
 
 def is_emulated(dtype: torch.dtype | None, device: torch.device) -> bool:
-    """Whether products in a 16-bit `dtype` would be computed by a CPU that has none of that kind."""
+    """Tell whether products in a 16-bit `dtype` would be computed by a CPU that has none of that kind."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_multiplies(dtype)
 
 
@@ -58,7 +58,7 @@ def _machine() -> torch.device:
 
 
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has products of `dtype`, bfloat16 or float16, and oneDNN makes use of them."""
+    """Tell whether this CPU has products of `dtype`, bfloat16 or float16, and oneDNN makes use of them."""
     if not torch.backends.mkldnn.is_available():
         return False
     has = torch.cpu.get_capabilities()

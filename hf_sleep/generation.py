@@ -32,7 +32,7 @@ class RecurrentGenerationMixin(GenerationMixin):
     """`generate` for a model that cannot take back what it has read."""
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, and with it `generate_batch` and `generate(cache_implementation="paged")`.
+        """Refuse, and with it `generate_batch` and `generate(cache_implementation="paged")`.
 
         Raises:
             NotImplementedError: always, with what works.

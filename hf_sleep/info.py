@@ -1,4 +1,4 @@
-"""What a base would be with sleep: its layers in running order, its memory and its cost, from its config alone."""
+"""Facts about a base with sleep: its layers in running order, its memory and its cost, from its config alone."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ class SlotInfo:
 
     @classmethod
     def of(cls, slot: Slot) -> "SlotInfo":
-        """What a slot is."""
+        """Describe a slot."""
         return cls(ROLES[type(slot)], slot.index, getattr(slot, "kind", ""))
 
 
@@ -96,7 +96,7 @@ class SleepInfo:
 
     @property
     def layer_kinds(self) -> dict[str, int]:
-        """How many decoder layers of each kind the base has."""
+        """Number of the base's decoder layers of each kind."""
         return dict(Counter(slot.kind for slot in self.slots if slot.role in ("attention", "linear")))
 
     @property
@@ -150,7 +150,7 @@ def describe(
     sleep: SleepConfig | dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> SleepInfo:
-    """What a model would be with sleep.
+    """Describe what a model would be with sleep.
 
     The model is built on the meta device, which holds no values: a config of 70 billion parameters costs no memory.
 
@@ -162,7 +162,7 @@ def describe(
         6 · T · H · K · V                                  fast weights: S is read at k, written, and read at q
         4 · T · H · K · V                                  Mamba2's: S is written, and read at C
 
-    The few parameters of norms and biases count as if they were matrices; activations, softmax, RoPE and the embedding
+    The few parameters of norms and biases count as if they were matrices. Activations, softmax, RoPE and the embedding
     are left out, and so is what a chunked kernel of the recurrence multiplies within its chunks.
 
     Args:
@@ -251,7 +251,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _one_token_kv(slot: Attention, x: torch.Tensor) -> KV | None:
-    """What an attention layer caches of one token: asked of the layer itself."""
+    """Ask an attention layer itself what it caches of one token."""
     kv = WindowKV(None, Append([0], [1], x.device))
     # Not Decoder.rope: RoPE that scales with the positions looks at them, and here they have no values.
     width, token = slot.decoder.rope_width(slot.kind), x.bfloat16()

@@ -8,7 +8,7 @@ IGNORED = -100
 
 
 def next_labels(labels: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """Per column the label of the next one.
+    """Shift labels, so that each column has that of the next one.
 
     Args:
         labels: `[B, T]`.

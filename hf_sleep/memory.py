@@ -1,4 +1,4 @@
-"""What a sequence carries from call to call, as values: the window's KV, the fast weights, what the next sleep needs.
+"""Memory of sequences from call to call, as values: the window's KV, the fast weights, what the next sleep needs.
 
 Nothing here is ever written in place. To read or to sleep is to make a new `Memory` of an old one.
 """
@@ -23,7 +23,7 @@ class KV(NamedTuple):
 
 
 class FastWeights(NamedTuple):
-    """What a linear-recurrent layer carries from token to token, batch first.
+    """Memory that a linear-recurrent layer carries from token to token, batch first.
 
     Args:
         recurrent_state: S, `[B, H, K, V]`, fp32 (fp64 in an fp64 model).
@@ -35,7 +35,7 @@ class FastWeights(NamedTuple):
 
 
 Carried = KV | FastWeights | None
-"""What one slot carries; `None` where nothing was read yet, or there is nothing to carry."""
+"""Content of one slot; `None` where nothing was read yet, or there is nothing to carry."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Memory:
         )
 
     def select(self, rows: Sequence[int]) -> "Memory":
-        """The given rows, in the given order, repeats allowed; of all rows as they are it is `self`, without a copy."""
+        """Pick rows, in the given order, repeats allowed; of all rows as they are it is `self`, without a copy."""
         if list(rows) == list(range(len(self.counters))):
             return self
         index = torch.tensor(rows, dtype=torch.long)

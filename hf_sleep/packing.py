@@ -1,4 +1,4 @@
-"""Several samples packed into one row, whose memory would run from one into the next: noticed and refused."""
+"""Refusal of rows into which several samples are packed: memory would run from one into the next."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where weights are, when that is not here: off their device, or a part on each rank; and what ranks must agree on."""
+"""Places of weights that are not here: off their device, or a part on each rank; and what ranks must agree on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 
 def compute_device(module: nn.Module) -> torch.device:
-    """Where a module computes, also when accelerate keeps its weights elsewhere."""
+    """Find the device on which a module computes, also when accelerate keeps its weights elsewhere."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """Within it, the parameters that `module` itself holds are where it computes, though it is not called."""
+    """Bring the parameters that `module` itself holds to where it computes, though it is not called."""
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is None:
         yield
@@ -32,7 +32,7 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, with the weights of `module` gathered around it as FSDP2 gathers them around its forward.
+    """Call `function(*arguments)`, with the weights of `module` gathered as FSDP2 gathers them for its forward.
 
     Args:
         module: runs as it is where it is not sharded.
@@ -57,7 +57,7 @@ def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold a part of the weights each (FSDP2)."""
+    """Tell whether ranks hold a part of the weights each (FSDP2)."""
     return dist.is_initialized() and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
@@ -69,7 +69,7 @@ def largest_of_ranks(number: int, device: torch.device) -> int:
 
 
 def is_known_zero(parameter: torch.Tensor) -> bool:
-    """Whether all values are zero; of a sharded one, this rank's part, as not all ranks may ask."""
+    """Tell whether all values are zero; of a sharded one, this rank's part, as not all ranks may ask."""
     here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return not here.is_meta and here.numel() > 0 and not bool(here.any())
 
@@ -95,7 +95,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def lengths_in_step(longest: int, device: torch.device, depends_on_data: bool) -> int:
-    """How many tokens a row of each rank reads, where ranks gather each other's weights.
+    """Agree on how many tokens a row of each rank reads, where ranks gather each other's weights.
 
     They must all run the same modules in the same order: as many windows, every one of them to the end. What is read
     after a row's end has no target, and nothing looks back at it.

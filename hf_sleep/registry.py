@@ -1,5 +1,8 @@
-"""What can be added from outside the package, by name: base families, blocks, evictions, pass policies, and what
-happens between passes. Nothing here needs torch, so that a name can be checked and listed without it."""
+"""Registries of what can be added from outside the package, by name: base families, blocks, evictions, pass policies,
+and what happens between passes.
+
+Nothing here needs torch, so that a name can be checked and listed without it.
+"""
 
 import importlib
 import sys
@@ -85,7 +88,7 @@ class Registry:
         return spec.name if module == "__main__" and spec is not None else module
 
     def what_works(self, module: str | None = None) -> str:
-        """What to say of a name that is not known.
+        """Say in an error what would work instead of a name that is not known.
 
         Args:
             module: the one that registered it where it was saved, if that is known.

@@ -41,8 +41,7 @@ SAMPLES = 16
 def fingerprint(model: nn.Module) -> str:
     """Hex digest of a model's parameters: names, shapes, and 16 values of each as bfloat16.
 
-    The same weights give the same digest in any floating dtype and on any device; weights that were trained on do
-    not.
+    The same weights give the same digest in any floating dtype and on any device; weights that were trained on do not.
 
     Raises:
         ValueError: weights that are sharded over ranks.
@@ -74,8 +73,8 @@ def _sample(parameter: torch.Tensor) -> bytes:
 class SleepState:
     """A batch of sequences between two calls: fast weights, the current window, and counters.
 
-    Right after a sleep with hard eviction it is the fast weights and convolution tails alone; in the middle of a
-    window it holds that window's KV too, and resumes token for token.
+    Right after a sleep with hard eviction it is the fast weights and convolution tails alone. In the middle of a window
+    it holds that window's KV too, and resumes token for token.
 
     Args:
         tensors: by name; batch first.
@@ -97,7 +96,7 @@ class SleepState:
 
     @classmethod
     def from_cache(cls, model: Any, cache: SleepCache) -> "SleepState":
-        """What `cache` holds, as `model` left it; shares its tensors, which nobody writes in place.
+        """Take what `cache` holds, as `model` left it; shares its tensors, which nobody writes in place.
 
         Raises:
             ValueError: an empty cache, or one of another model.
@@ -175,7 +174,7 @@ class SleepState:
         return state
 
     def _check(self) -> SleepConfig:
-        """Check all that can be without a model; how it slept."""
+        """Check all that can be checked without a model, and return how it slept."""
         if self.settings.keys() - OPTIONAL_SETTINGS.keys() != set(FIXED_SETTINGS):
             raise ValueError(
                 f"its settings are {reprlib.repr(self.settings)}, they must be {', '.join(FIXED_SETTINGS)}"
