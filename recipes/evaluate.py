@@ -1,15 +1,15 @@
-"""How often is a checkpoint right, by difficulty, N and L? Any base or sleep checkpoint, any task of hf_sleep.data.
+"""Accuracy of a checkpoint by difficulty, N and L. Any base or sleep checkpoint, any task of hf_sleep.data.
 
 python recipes/evaluate.py runs/finetune_gsm/model gsm_infinite --task-settings '{"ops": [1, 8]}'
 python recipes/evaluate.py runs/khop/N2-seed0 khop --sleep-passes 1 2 3 --window-size 8 16
 accelerate launch recipes/evaluate.py Qwen/Qwen3-0.6B gsm_infinite --problems 1600 --window-size 2000 4000 --bf16
 
 A base is given new blocks, which add nothing: it is the base with its window cut. Put more tokens in --window-size than
-a row has, and it is the base itself. GSM-Infinite is generated greedily and must match to the end of the text, which
-a base that was not trained on it seldom ends; beside it stands what the last window alone tells, without a memory. The
+a row has, and it is the base itself. GSM-Infinite is generated greedily and must match to the end of the text, which a
+base that was not trained on it seldom ends. Beside it stands what the last window alone tells, without a memory. The
 other tasks are teacher-forced. All N and L read the same rows. A checkpoint of a recipe carries its task's settings
-(task.json), which are used where none are given; what differs is said.
-Writes config.json, metrics.jsonl, results.json and accuracy.png.
+(task.json), which are used where none are given; what differs is said. Writes config.json, metrics.jsonl, results.json
+and accuracy.png.
 """
 
 import dataclasses

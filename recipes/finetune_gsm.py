@@ -5,13 +5,13 @@ accelerate launch recipes/finetune_gsm.py --model Qwen/Qwen3-0.6B --window-size 
 accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/finetune_gsm.py --preset paper-jet-nemotron
 
 The question comes first, there is no chain of thought, and the loss is on the answer alone. By default only the new
-blocks are trained, at learning rates that are too high for a whole model. Answers are generated before and after,
-also from the last window alone: what is above that and above chance (the commonest answer) was remembered. With
---minutes a run can be done in parts: the same command with --resume continues it. Writes config.json, metrics.jsonl,
-results.json, accuracy.png and the model.
+blocks are trained, at learning rates that are too high for a whole model. Answers are generated before and after, also
+from the last window alone: what is above that and above chance (the commonest answer) was remembered. With --minutes a
+run can be done in parts: the same command with --resume continues it. Writes config.json, metrics.jsonl, results.json,
+accuracy.png and the model.
 
-Source: Lee et al. 2026 (arXiv 2605.26099), the GSM-Infinite experiment, for the presets. Steps, and how they are
-shared out between a sliding preset's stages (the paper counts epochs), are ours, as are SmolLM2's model and lengths. A
+Source: Lee et al. 2026 (arXiv 2605.26099), the GSM-Infinite experiment, for the presets. Steps, and how they are shared
+out between a sliding preset's stages (the paper counts epochs), are ours, as are SmolLM2's model and lengths. A
 preset's batch is 256 rows on one process: divide --gradient-accumulation-steps by the number of processes.
 """
 

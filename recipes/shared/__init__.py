@@ -1,1 +1,1 @@
-"""What the recipes share: their arguments, the folder of a run, small models from scratch, and scores."""
+"""Parts that recipes share: their arguments, the folder of a run, small models from scratch, and scores."""

@@ -1,4 +1,4 @@
-"""Small hybrids from scratch, one per seed and N, trained alike and compared: what the task recipes share."""
+"""Small hybrids from scratch, one per seed and N, trained alike and compared, for all task recipes."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def initialise(model: SleepForCausalLM, decay: tuple[float, float]) -> None:
     """Weights for training from nothing, where a block need not start at zero.
 
     Matrices get a standard deviation of 0.7 / sqrt(inputs), those that write to the residual stream half of that, the
-    embedding 0.5, the head 0.02; the fast weights decay slowly at first (A uniform in `decay`).
+    embedding 0.5, the head 0.02. The fast weights decay slowly at first (A uniform in `decay`).
     """
     for name, parameter in model.named_parameters():
         if "conv" in name:
@@ -232,7 +232,7 @@ def evaluate(trainer: SleepTrainer, passes: int, others: list[int]) -> dict[int,
 def card(
     options: Comparison, task: Task, scores: dict[int, dict[int, float]], test: Dataset, processes: int
 ) -> CardFacts:
-    """What the model's card says of data, results and use."""
+    """Facts for the model's card: data, results and use."""
     usage = f"""import torch
 from hf_sleep.data import {type(task).__name__}
 
@@ -273,7 +273,7 @@ def table(results: list[dict], task: Task, difficulty: str) -> str:
 
 
 def finished(file: Path) -> list[dict]:
-    """What an earlier run wrote to results.json, with N and difficulties as the numbers that JSON's keys are not."""
+    """Read what an earlier run wrote to results.json, with N and difficulties as numbers, which JSON's keys are not."""
     if not file.exists():
         return []
     return json.loads(

@@ -70,7 +70,7 @@ class RunFolder(TrainerCallback):
         write_file(self.metrics, before + json.dumps(row).encode() + b"\n")
 
     def seconds(self, model: str) -> float:
-        """How long a model was trained, over all runs."""
+        """Seconds for which a model was trained, over all runs."""
         rows = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines()) if self.metrics.exists() else ()
         return sum(row.get("seconds", 0.0) for row in rows if row["model"] == model)
 
@@ -139,7 +139,7 @@ class TimeBudget(TrainerCallback):
 
 
 def process_seconds() -> float:
-    """How long ago this process was started."""
+    """Seconds since this process was started."""
     return time.time() - psutil.Process().create_time()
 
 

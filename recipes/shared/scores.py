@@ -1,4 +1,4 @@
-"""How often answers are right, by difficulty: of what was generated, of what was teacher-forced, as table and plot."""
+"""Accuracy by difficulty, of what was generated or teacher-forced, as table and plot."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def generation_rows(rows: Sequence[Row], window_size: int) -> list[Row]:
 
 
 def generation_scores(metrics: dict[str, float], task: GSMInfinite, rows: Sequence[Row], passes: int) -> list[Score]:
-    """What was generated for `generation_rows`, by mode and operations, with the majority answer's share as chance."""
+    """Score what was generated for `generation_rows`, by mode and operations; chance is the majority answer's share."""
     counts = Counter((row["mode"], row["difficulty"]) for row in rows)
     return [
         {
@@ -47,7 +47,7 @@ def generation_scores(metrics: dict[str, float], task: GSMInfinite, rows: Sequen
 
 
 def forced_scores(metrics: dict[str, float], task: Task, rows: Sequence[Row], passes: int) -> list[Score]:
-    """What `SleepTrainer.evaluate` returned, by difficulty; a row may hold several answers."""
+    """Score what `SleepTrainer.evaluate` returned, by difficulty; a row may hold several answers."""
     counts = Counter(difficulty for row in rows for difficulty, _ in task.answers(row))
     return [
         {
