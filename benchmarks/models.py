@@ -32,7 +32,7 @@ ANSWER = 256
 
 @dataclass
 class Scale:
-    """What is run where.
+    """Sizes of what is run.
 
     Args:
         dtype: of weights and activations.
@@ -102,7 +102,7 @@ class Run:
 
 @contextmanager
 def torch_kernels() -> Iterator[None]:
-    """Within it, `gated_delta_rule` is computed by torch, fla or not."""
+    """Let torch compute `gated_delta_rule`, fla or not."""
     stock = ops.fla.backend
     ops.fla.backend = lambda device: "torch"  # type: ignore[assignment]
     try:
@@ -190,7 +190,7 @@ def reading_and_decoding(run: Run, name: str, base: PreTrainedModel, scale: Scal
         return
     plain_read, plain_decode, plain_peak = speeds(base)
     run.add(f"{name} plain: reading", plain_read, "tokens/s", gib(plain_peak).lstrip(", "))
-    run.add(f"{name} plain: decoding behind {scale.tokens:,} tokens", plain_decode, "tokens/s")
+    run.add(f"{name} plain: decoding after {scale.tokens:,} tokens", plain_decode, "tokens/s")
     for window in scale.windows:
         model = SleepForCausalLM.from_base(base, SleepConfig(window_size=window)).eval()
         for passes in scale.passes:

@@ -1,4 +1,4 @@
-"""Timing in turn, and rows of figures beside what they must be: what the parts of `make bench` share."""
+"""Timing in turn, and rows of figures beside what they must be, for all parts of `make bench`."""
 
 import statistics
 import time

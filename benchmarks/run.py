@@ -1,8 +1,8 @@
-"""What sleeping costs and saves, as ratios of medians of one run: make bench
+"""Costs and savings of sleep, as ratios of medians of one run: make bench
 
-Decoding and reading are timed on SmolLM2-135M-Instruct (unpacked by `make demo`; or --model with any id or folder), the
-timed things in turn, so that a drift of the machine's speed hits all of them. Memory in training is counted exactly,
-tensor by tensor; the speed of training is training.py's.
+Decoding and reading are timed on SmolLM2-135M-Instruct, as `make demo` unpacked it, or on --model, any id or folder.
+The timed things take turns, so that a drift of the machine's speed hits all of them. Memory in training is counted
+exactly, tensor by tensor; the speed of training is training.py's.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, steps: int) -> None:
-    """Reading `far` tokens, then decoding behind them, beside the bare base."""
+    """Measure reading `far` tokens, then decoding after them, beside the bare base."""
     base, half = model.lm, WINDOW // 2
     ids = torch.randint(3, model.config.text_config.vocab_size, (1, far + half + steps))
     prompt = ids[:, : far + half]
@@ -104,7 +104,7 @@ def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, step
 
 
 def passes(model: SleepForCausalLM, report: Report, turns: int) -> None:
-    """What N passes over all layers cost, reading windows that all sleep."""
+    """Measure what N passes over all layers cost, reading windows that all sleep."""
     ids = torch.randint(3, model.config.text_config.vocab_size, (1, 4 * WINDOW + 1))
 
     def reading(n: int) -> Callable[[], object]:

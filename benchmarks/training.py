@@ -1,4 +1,4 @@
-"""What training through sleep costs, beside what it could: steps are a forward and a backward, without an optimizer."""
+"""Costs of training through sleep, beside what they could be: steps are a forward and a backward, no optimizer."""
 
 import statistics
 import time
@@ -45,7 +45,7 @@ def stepping(model: SleepForCausalLM, loss: Callable[[], torch.Tensor]) -> Calla
 
 
 def asleep(quick: bool) -> tuple[SleepForCausalLM, torch.Tensor, str]:
-    """A model, windows that all sleep (the token behind them makes the last one), and a word on them."""
+    """A model, windows that all sleep (the token after them makes the last one), and a word on them."""
     window, windows, rows = 256, 4, 1 if quick else 2
     ids = torch.randint(0, VOCABULARY, (rows, windows * window + 1))
     return hybrid(window, quick), ids, f"{rows} × {windows} windows of {window}"

@@ -152,7 +152,7 @@ class Clock(BaseStreamer):
 
 
 def generate(model: SleepForCausalLM, ids: torch.Tensor, cache: SleepCache, count: int) -> tuple[torch.Tensor, float]:
-    """Greedy tokens after `ids`, whose last token `cache` has not read; and the median milliseconds per token."""
+    """Continue `ids`, whose last token `cache` has not read: greedy tokens, and the median milliseconds per token."""
     clock = Clock()
     out = model.generate(
         ids,
@@ -203,9 +203,8 @@ def main() -> None:
     added = sum(p.numel() for p in model.fast_weights.parameters())
     total = sum(p.numel() for p in model.lm.parameters())
     console.print(
-        f"[bold]{Path(str(source)).name}[/]: {total / 1e6:.1f} M parameters, {len(model.fast_weights)} Jet "
-        "blocks added "
-        f"({added / 1e6:.1f} M, {added / total:.1%}) after layers {', '.join(model.fast_weights)}; window of "
+        f"[bold]{Path(str(source)).name}[/]: {total / 1e6:.1f} M parameters, {len(model.fast_weights)} Jet blocks "
+        f"added ({added / 1e6:.1f} M, {added / total:.1%}) after layers {', '.join(model.fast_weights)}; window of "
         f"{sleep.window_size} tokens, {sleep.sleep_passes} sleep passes, hard eviction"
     )
     if arguments.model is None:
@@ -254,11 +253,10 @@ def main() -> None:
     resumed = SleepState.load(arguments.folder / "memory.safetensors").to_cache(reloaded)
     again, _ = generate(reloaded, ids, resumed, 32)
     if not torch.equal(again, continuation):
-        raise SystemExit(f"the reloaded model went on differently: {tokenizer.decode(again)!r}")
+        raise SystemExit(f"the reloaded model continued differently: {tokenizer.decode(again)!r}")
     console.print(
-        f"Saved to {arguments.folder / 'model'} and {arguments.folder / 'memory.safetensors'}; reloaded, and "
-        "it resumed from "
-        f"{memory.columns:,} tokens with the same {len(again)} tokens."
+        f"Saved to {arguments.folder / 'model'} and {arguments.folder / 'memory.safetensors'}; reloaded, and it "
+        f"resumed from {memory.columns:,} tokens with the same {len(again)} tokens."
     )
 
 

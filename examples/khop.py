@@ -1,10 +1,11 @@
-"""What more sleep does, in seconds: three tiny models, alike but for N, follow a shuffled cycle from memory.
+"""Effect of more sleep, in seconds: three tiny models, alike but for N, follow a shuffled cycle from memory.
 
 python examples/khop.py            # the three models in examples/khop: accuracy by k and N, and a few questions
 python examples/khop.py --train    # train them first, in two processes: about three minutes on two CPU cores
 
-A model reads the edges of a directed cycle of 8 nodes in one window, sleeps with N passes, drops its KV cache, and is
-asked for the k-th successor of a node: one ordinary pass over the fast weights. Training is recipes/train_khop.py.
+A model reads the edges of a directed cycle of 8 nodes in one window, sleeps with N passes, and drops its KV cache. Then
+it is asked for the k-th successor of a node: one ordinary pass over the fast weights. Training is
+recipes/train_khop.py.
 """
 
 import argparse

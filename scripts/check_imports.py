@@ -40,7 +40,7 @@ def imported_names(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, lis
 
 
 def objection(module: str, parts: list[str]) -> str | None:
-    """Why `module` (a top-level name in the package) may not import `parts`, or None if it may."""
+    """Say why `module` (a top-level name in the package) may not import `parts`, or return None if it may."""
     dotted = ".".join(parts)
     if parts[0] == PACKAGE and module not in EVERYTHING:
         target = parts[1] if len(parts) > 1 else ""

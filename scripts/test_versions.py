@@ -47,7 +47,7 @@ def version(name: str, overlay: Path) -> str | None:
 
 
 def unmet(overlay: Path) -> Iterator[tuple[str, Requirement]]:
-    """What the packages in `overlay` ask for and do not find: who asks, and for what."""
+    """Find what the packages in `overlay` ask for and lack: who asks, and for what."""
     for package in importlib.metadata.distributions(path=[str(overlay)]):
         for requirement in map(Requirement, package.requires or []):
             if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -89,7 +89,7 @@ def lay_over(run: str, console: Console) -> Path:
 
 
 def outcomes(report: Path, groups: list[str]) -> dict[str, Counter[str]]:
-    """How many tests of each group passed, failed and were skipped, and their seconds, from a JUnit file."""
+    """Count the tests of each group that passed, failed and were skipped, and their seconds, from a JUnit file."""
     group_of = {name: group for group in groups for name in GROUPS[group]}
     counts = {group: Counter[str]() for group in groups}
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():

@@ -1,4 +1,4 @@
-"""What happens between two passes: the next one reads the mean of what the last one wrote and of what pass 1 read."""
+"""A step between two passes: the next one reads the mean of what the last one wrote and of what pass 1 read."""
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
