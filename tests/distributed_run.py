@@ -87,7 +87,7 @@ def rows(lengths, answers_only=False):
 
 
 class AllLabels(SleepCollator):
-    """As transformers' DataCollatorForLanguageModeling: a row's first token has a label, too."""
+    """Label as transformers' DataCollatorForLanguageModeling does: a row's first token has a label, too."""
 
     def __call__(self, rows):
         batch = super().__call__(rows)
@@ -183,7 +183,7 @@ def run(folder, fsdp=False, resume=None, exact_muon=False, evaluate=False, evalu
 
 
 def refusals(folder):
-    """What cannot be done with sharded weights, and the messages that say so."""
+    """Check what cannot be done with sharded weights, and the messages that say so."""
 
     def message(action):
         try:

@@ -191,7 +191,7 @@ BITWISE = tuple(name for name in FAMILIES if name not in HYBRIDS or name == "jet
 
 
 def sleep_config(family: str, **fields) -> SleepConfig:
-    """A small `SleepConfig` whose blocks lie before, inside and behind the looped ranges that the laws use.
+    """A small `SleepConfig` whose blocks lie before, inside and after the looped ranges that the laws use.
 
     A hybrid is slept with its own linear layers, plus one injected block, so that the two kinds of memory meet.
     """
@@ -249,7 +249,7 @@ def make_model(
 
 
 def make_stand_in(family: str, sleep: SleepConfig, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """What the reference reads of a sleeping model, built without the engine."""
+    """Parts of a sleeping model that the reference reads, built without the engine."""
     base = make_base(family, dtype, seed)
     sleep = sleep.resolve(base.config)
     blocks = nn.ModuleDict()

@@ -1,4 +1,4 @@
-"""What several test files share: models and calls of the laws, comparisons, and how quietly the tests train."""
+"""Helpers of several test files: models and calls of the laws, comparisons, and how quietly the tests train."""
 
 import dataclasses
 from contextlib import contextmanager

@@ -3,7 +3,7 @@
 The judge of the engine. It borrows the base's own layers and the parameters of the fast-weight blocks, and nothing else
 of hf_sleep: the recurrence, the convolution, the masks, the positions and the eviction are written out here.
 
-Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1; the decisions it leaves open are those of docs and specs/method.md.
+Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1; what it leaves open is decided as in docs/how-it-works.md.
 """
 
 import sys
@@ -29,7 +29,7 @@ def delta_rule(q, k, v, g, beta, S):
 
 
 def convolve(x, taps, tail):
-    """Causal convolution of x `[T, D]` with taps `[T, D, W]` behind the tail `[D, W]`: y `[T, D]`, the new tail."""
+    """Causal convolution of x `[T, D]` with taps `[T, D, W]` after the tail `[D, W]`: y `[T, D]`, the new tail."""
     width = tail.shape[-1]
     padded = torch.cat((tail.T, x))
     y = torch.stack([(taps[t] * padded[t + 1 : t + 1 + width].T).sum(-1) for t in range(len(x))])
@@ -163,7 +163,7 @@ MIXERS = {}
 
 
 class LayerCache:
-    """What one stock layer sees as its cache: retained KV, or the state its recurrence starts from."""
+    """Cache as one stock layer sees it: retained KV, or the state its recurrence starts from."""
 
     def __init__(self, kv=None, S=None, tail=None):
         self.kv, self.S, self.tail = kv, S, tail
@@ -247,7 +247,7 @@ class Row:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def run(self, layers, h):
-        """One pass of some layers over the window: S goes on from `memory`, conv tails from the window's `start`."""
+        """One pass of some layers over the window: S continues from `memory`, conv tails from the window's `start`."""
         for i in layers:
             layer, key = self.decoder.layers[i], f"layers.{i}"
             if key in self.memory and self.run_own is not None:
@@ -272,7 +272,7 @@ class Row:
         return self.norm(h) if self.norm_every_pass and ends_the_pass else h
 
     def mask(self, i):
-        """Which key each query may see, `[1, 1, T, J + T]`."""
+        """Mark the keys that each query may see, `[1, 1, T, J + T]`."""
         own_window = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "layer_types", None) and self.types[i] != "sliding_attention":
             own_window = None
@@ -287,7 +287,7 @@ class Row:
         return as_implemented(visible[None, None], self.config, self.decoder.embed_tokens.weight.dtype)
 
     def rotated(self, i):
-        """Whether layer i has positions."""
+        """Tell whether layer i has positions."""
         if self.config.model_type == "smollm3":
             return bool(self.config.no_rope_layers[i])
         return self.config.model_type not in ("cohere2", "exaone4") or self.types[i] == "sliding_attention"
@@ -342,8 +342,8 @@ def reference_run(model, ids, sleep_passes=None, sleep_after=MappingProxyType({}
     Args:
         model: anything with `lm`, `fast_weights` and `config.sleep`.
         sleep_passes: N, instead of the config's; or one per token, of which the one that makes a window sleep counts.
-        sleep_after: explicit sleeps: index of the token they come behind, to their N.
-        backprop_windows: cut the graph behind every so many windows.
+        sleep_after: explicit sleeps: index of the token they come after, to their N.
+        backprop_windows: cut the graph after every so many windows.
 
     Returns:
         A namespace of `logits` `[T, V]`, `memory` (name to `(S, tail)`), `positions` (of every token) and the `row`.

@@ -194,7 +194,7 @@ LICENCES = {"apache-2.0", "mit", "llama3.2", "gemma", "other"}
 
 
 def problems(metadata: dict) -> list[str]:
-    """What the Hub objects to in a card's metadata, as far as its documentation says."""
+    """List what the Hub objects to in a card's metadata, as far as its documentation says."""
     found = []
     for key in ("library_name", "pipeline_tag", "license", "license_name", "license_link"):
         if not isinstance(metadata.get(key, ""), str):

@@ -80,7 +80,7 @@ class Text:
         return constant, prefix, "sum", [re.fullmatch("the (.+)", text)[1]]
 
     def values(self, unknown=None, items=None):
-        """Of `items` and all that they are made of; by default of everything."""
+        """Work out `items` and all that they are made of; by default everything."""
         known = {} if unknown is None else {self.unknown: unknown}
 
         def value(item, above):

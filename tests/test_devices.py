@@ -1,4 +1,4 @@
-"""What another device lacks is computed on the CPU: Apple's GPUs have no float64."""
+"""Work that another device cannot do is done on the CPU: Apple's GPUs have no float64."""
 
 from types import SimpleNamespace
 from unittest import mock

@@ -1,4 +1,4 @@
-"""What the pages show can be pasted: blocks compile, import what exists, and read files on Windows as elsewhere."""
+"""Code on the pages can be pasted: blocks compile, import what exists, and read files on Windows as elsewhere."""
 
 import ast
 import re

@@ -35,7 +35,7 @@ def cpu(monkeypatch):
 
 @pytest.fixture
 def said(caplog):
-    """What the package has warned of, whose once-only memory is cleared."""
+    """Collect what the package warns of, with its once-only memory cleared."""
     modeling.logger.warning_once.cache_clear()
     yield lambda: [record.message for record in caplog.records if "for which this CPU has no instr" in record.message]
     modeling.logger.warning_once.cache_clear()

@@ -1,4 +1,4 @@
-"""What is registered from outside the package obeys the laws: the files of examples/extend, one for each open axis."""
+"""Classes registered from outside the package obey the laws: the files of examples/extend, one for each open axis."""
 
 import dataclasses
 import itertools

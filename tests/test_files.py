@@ -146,7 +146,7 @@ def test_a_config_is_whole_while_its_folders_are_forgotten(broken, tmp_path):
 
 
 def names_its_encoding(call: ast.Call) -> bool:
-    """Whether a call is not one that opens text in whatever encoding the machine happens to have."""
+    """Tell whether a call is not one that opens text in whatever encoding the machine happens to have."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     if name not in ("open", "read_text", "write_text") or ast.unparse(function) == "os.open":

@@ -37,7 +37,7 @@ every_case = pytest.mark.parametrize(("family", "eviction"), CASES)
 
 @functools.cache
 def sleeper(family: str, eviction: str, **fields) -> SleepForCausalLM:
-    """In float64, so that two ways to the same logits choose the same token. Shared: nothing may change it."""
+    """Make a model in float64, so that two ways to the same logits choose the same token. Nothing may change it."""
     defaults = {"window_size": L, "eviction": eviction, "num_sink_tokens": int(eviction == "sliding")}
     return make_model(family, sleep_config(family, **(defaults | fields)), torch.double)
 
@@ -435,7 +435,7 @@ def test_selected_rows_remember_which_columns_were_pads():
 
 
 def test_where_only_the_number_of_tokens_is_known_that_must_agree():
-    """As in a state file from before it was noted which columns were pads."""
+    """Forget which columns were pads, as state files did at first."""
     model, more, now = sleeper("llama", "hard"), tokens(4).view(2, 2), torch.ones(2, 2, dtype=torch.long)
     cache = padded_cache(model)
     unknown = tuple(dataclasses.replace(row, pads=None) for row in cache.memory.counters)
@@ -563,7 +563,7 @@ def test_an_impossible_number_of_passes_is_refused_wherever_it_stands(passes):
 
 @pytest.mark.parametrize("how", ["passed", "returned", "dropped"])
 def test_a_stop_that_is_noticed_late_never_reaches_the_users_cache(how):
-    """On MPS generate looks a step late whether it should stop, and crops the token too many from the cache."""
+    """generate on MPS looks a step late whether it should stop, and crops the token too many from the cache."""
     model, ids = sleeper("llama", "hard"), tokens(L + 2)[None]
     said = model.generate(ids, max_new_tokens=2 * L, **GREEDY)[0, L + 2 :].tolist()
     end = next(token for i, token in enumerate(said) if i and token not in said[:i])
@@ -623,7 +623,7 @@ def test_the_cache_answers_to_both_names():
 
 @contextmanager
 def counting():
-    """Calls per layer: `layer i` of the base and `block i`, the injected one behind it."""
+    """Calls per layer: `layer i` of the base and `block i`, the injected one after it."""
     calls: Counter = Counter()
 
     def counted(function, name):
@@ -648,7 +648,7 @@ LOOPS = [None, (0, 2), (1, 3), (2, 4), (1, 2)]
 @pytest.mark.parametrize("passes", [1, 2, 4])
 @pytest.mark.parametrize("loop", LOOPS, ids=str)
 def test_a_window_that_was_read_sleeps_in_one_pass_less(family, eviction, passes, loop):
-    """The ordinary read was pass 1; layers behind the loop read the window once more, on what the last pass made."""
+    """The ordinary read was pass 1; layers after the loop read the window once more, on what the last pass made."""
     model = sleeper(family, eviction, sleep_passes=passes, loop_layers=loop)
     a, b = loop or (0, 4)
     cache = SleepCache()
@@ -678,7 +678,7 @@ def test_a_decoded_token_costs_one_pass_whatever_was_read(family, eviction):
 
 @pytest.mark.parametrize("loop", LOOPS, ids=str)
 def test_a_prompt_costs_n_passes_per_full_window_and_one_for_the_rest(loop):
-    """Layers behind the loop read a window that sleeps in the same call once, unless its logits are wanted."""
+    """Layers after the loop read a window that sleeps in the same call once, unless its logits are wanted."""
     model = sleeper("llama", "hard", sleep_passes=3, loop_layers=loop)
     a, b = loop or (0, 4)
     with counting() as calls:

@@ -1,4 +1,4 @@
-"""What `describe` reads off a config is what a model with values holds, has and spends."""
+"""Facts that `describe` reads off a config are what a model with values holds, has and spends."""
 
 import copy
 import json
@@ -188,8 +188,8 @@ def test_flops_are_close_to_what_the_kernels_spend() -> None:
     """Measured: -0.4 % (read), -0.6 % (sleep), +0.1 % (token).
 
     The chunked kernel multiplies within its chunks of 32 tokens too, which the formula leaves out and which weighs less
-    the wider the model: -0.2 % at the size of SmolLM2-135M with L = 512. In the other direction, norms and biases
-    count as if they were matrix products.
+    the wider the model: -0.2 % at the size of SmolLM2-135M with L = 512. In the other direction, norms and biases count
+    as if they were matrix products.
     """
     config = make_base("llama").config
     config.hidden_size, config.intermediate_size, config.head_dim = 384, 1024, 64

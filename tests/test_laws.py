@@ -1,4 +1,4 @@
-"""The nine laws of DESIGN.md, for every base family, eviction style, number of passes and looped range.
+"""The laws of a sleeping model, for every base family, eviction style, number of passes and looped range.
 
 Everything runs in float64 with the stock modules' float32 casts lifted (`families.exact`), so that two orders of
 summation agree to 1e-9 and any real difference shows; law 3 is also held in plain float32, and law 1 bit for bit.
@@ -103,7 +103,7 @@ def test_1_wrapping_leaves_the_base_untouched(family):
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("family", [name for name in HYBRIDS if name not in BITWISE])
 def test_1_an_untrained_hybrid_is_the_base_to_rounding(family, passes):
-    """Not bit for bit: the recurrence of stock linear layers runs on hf_sleep.ops instead of transformers' fallback."""
+    """Stock linear layers' recurrence runs on hf_sleep.ops, not transformers' fallback: nothing is equal bit for bit."""
     sleep = sleep_config(family, window_size=80, sleep_passes=passes)
     ids = tokens(70)[None]
     with torch.no_grad():

@@ -75,7 +75,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = CLOSE) -> 
 
 
 def per_token(per_step: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Of `[T, B, S, V]` each token's own step, `[B, S]`."""
+    """Pick each token's own step, `[B, S]`, of `[T, B, S, V]`."""
     return per_step.movedim(0, -2).take_along_dim(steps[..., None, None], dim=-2).squeeze(-2)
 
 
@@ -272,7 +272,7 @@ def test_bfloat16():
 
 @torch.no_grad()
 def test_a_threshold_of_one_is_the_last_loop_in_bfloat16_too():
-    """Where the reference's cumulated probability rounds up to 1, it answers from an earlier loop; we do not."""
+    """The reference answers from an earlier loop where its cumulated probability rounds up to 1; we do not."""
     lm = load(dtype=torch.bfloat16, attn_implementation="eager")
     lm.model.early_exit_gate.bias.fill_(4.0)
     out = lm(IDS, output_logits_per_step=True)
@@ -380,7 +380,7 @@ def test_attention_maps(model):
 
 @torch.no_grad()
 def test_a_layer_runs_alone(model):
-    """As the sleeping engine calls it: one layer, one update of the cache, a tensor back."""
+    """Call a layer as the sleeping engine does: one layer, one update of the cache, a tensor back."""
 
     class Recorder:
         slots = []
@@ -400,7 +400,7 @@ def test_a_layer_runs_alone(model):
 
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(model):
-    """Positions that begin anew begin a new sequence; flash attention reads them from the layer's keywords."""
+    """Positions that begin again begin a new sequence; flash attention reads them from the layer's keywords."""
     packed = torch.cat((IDS[0, :15], IDS[1, :25]))[None]
     positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
     with mock.patch.object(LlamaAttention, "forward", autospec=True, side_effect=LlamaAttention.forward) as calls:

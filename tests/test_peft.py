@@ -34,7 +34,7 @@ def settings(family: str, **fields):
 
 
 def lora(model, own: list[str], **fields) -> LoraConfig:
-    """As docs/peft.md has it."""
+    """Configure LoRA as docs/peft.md does."""
     blocks = [f"fast_weights.{i}" for i in model.fast_weights]
     fields = {"r": 4, "target_modules": PROJECTIONS, "modules_to_save": blocks + own, "task_type": "CAUSAL_LM"} | fields
     return LoraConfig(**fields)

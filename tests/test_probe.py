@@ -51,7 +51,7 @@ class TinyConfig(LlamaConfig):
 
 
 class TinyForCausalLM(LlamaForCausalLM):
-    """As code of its own would be: Llama's body under another name."""
+    """A class as code of its own would have it: Llama's body under another name."""
 
     config_class = TinyConfig
 

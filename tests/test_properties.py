@@ -27,7 +27,7 @@ FAMILY = st.sampled_from(["llama_yarn", "mistral_window", "gemma3", "qwen3_next"
 
 @st.composite
 def calls(draw):
-    """Per call: every row's (pads before, tokens, pads behind), N, and the N of an explicit sleep after it or 0."""
+    """Draw per call every row's (pads before, tokens, pads after), N, and the N of an explicit sleep after it or 0."""
     batch = draw(st.integers(1, 3))
     plan = []
     for _ in range(draw(st.integers(1, 5))):

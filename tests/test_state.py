@@ -1,4 +1,4 @@
-"""SleepState: a conversation put away in its middle goes on token for token, and only with the model that had it."""
+"""SleepState: a conversation put away in its middle continues token for token, and only with the model that had it."""
 
 import dataclasses
 import hashlib

@@ -57,7 +57,7 @@ def changed(model, before):
 
 
 class Seen(TrainerCallback):
-    """What the model was in every training forward, and in every evaluation and saving."""
+    """Notes what the model was in every training forward, and in every evaluation and saving."""
 
     def __init__(self):
         self.forward, self.outside = [], []

@@ -22,7 +22,7 @@ def ragged():
 
 
 def summed_loss(model, batch):
-    """As Trainer has it: the mean over its own count of labels, times that count."""
+    """Compute the loss as Trainer does: the mean over its own count of labels, times that count."""
     count = (batch["labels"] != -100).sum()
     return model(**batch, num_items_in_batch=count).loss * count, count
 

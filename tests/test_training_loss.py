@@ -35,7 +35,7 @@ def trainer_of(kind, path, model, collator=None, **fields):
 
 
 def labelled(side):
-    """As DataCollatorForLanguageModeling has it: every real token has a label, a row's first too."""
+    """Label as DataCollatorForLanguageModeling does: every real token has a label, a row's first too."""
 
     def collate(rows):
         batch = SleepCollator(side)([{"input_ids": row["input_ids"]} for row in rows])
@@ -48,7 +48,7 @@ def labelled(side):
 
 
 def smoothed(logits, ids, epsilon):
-    """Of `[B, T, vocab]` and `[B, T]`, without pads: what each token says of the next."""
+    """Smooth the loss of `[B, T, vocab]` for `[B, T]`, without pads: of what each token says of the next."""
     log_p = logits.log_softmax(-1)[:, :-1]
     nll = -log_p.gather(-1, ids[:, 1:, None]).mean()
     return ((1 - epsilon) * nll - epsilon * log_p.mean()).item()
