@@ -103,7 +103,7 @@ def test_1_wrapping_leaves_the_base_untouched(family):
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("family", [name for name in HYBRIDS if name not in BITWISE])
 def test_1_an_untrained_hybrid_is_the_base_to_rounding(family, passes):
-    """Stock linear layers' recurrence runs on hf_sleep.ops, not transformers' fallback: nothing is equal bit for bit."""
+    """Stock linear layers' recurrence runs on hf_sleep.ops, not transformers' fallback: nothing is bit for bit."""
     sleep = sleep_config(family, window_size=80, sleep_passes=passes)
     ids = tokens(70)[None]
     with torch.no_grad():
