@@ -212,7 +212,7 @@ def make_base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) ->
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int) -> None:
-    """Seeded non-trivial values for every parameter, zero-initialised ones included."""
+    """Give every parameter seeded non-trivial values, zero-initialised ones included."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 
 
 class StandIn(ThreadingHTTPServer):
-    """What the Hub does when models are pushed and loaded: repositories with commits, git-LFS, checked metadata."""
+    """Acts as the Hub where models are pushed and loaded: repositories with commits, git-LFS, checked metadata."""
 
     daemon_threads = True
 

@@ -25,7 +25,7 @@ LARGEST = 99
 
 
 class Text:
-    """What a prompt says, by a reader that knows the grammar and nothing of the generator."""
+    """Reads what a prompt says: knows the grammar, and nothing of the generator."""
 
     def __init__(self, prompt):
         lines = prompt.split("\n")

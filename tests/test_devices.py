@@ -80,7 +80,7 @@ def test_the_monitor_measures_without_float64_on_the_models_device():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 0.0])
 def test_gradient_norms_are_measured_without_float64_on_the_models_device(scale):
-    """Also of gradients whose squares float32 does not hold."""
+    """Gradients may have squares that float32 does not hold."""
     logged, hooks = {}, []
     monitor = SleepMonitor(mock.Mock(spec=Trainer), every=1)
     monitor.trainer.log = logged.update

@@ -248,7 +248,7 @@ def test_9_saving_and_loading_is_bit_equal(axis, tmp_path):
         assert torch.equal(loaded(ids, cache=cache).logits, model(ids, cache=out.cache).logits)
 
 
-def test_9_a_state_is_refused_where_something_else_lies_between_passes(tmp_path):
+def test_9_a_state_is_refused_where_something_else_lies_between_passes():
     model = slept("between", torch.float)
     other = slept("between", torch.float, between="none")
     with torch.no_grad():

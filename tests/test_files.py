@@ -1,4 +1,4 @@
-"""What the package and its recipes write is there whole or not at all, and is UTF-8 on every machine."""
+"""Files that the package and its recipes write are there whole or not at all, and are UTF-8 on every machine."""
 
 import ast
 import json

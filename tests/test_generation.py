@@ -454,7 +454,7 @@ def test_the_mark_of_columns_tells_sets_apart_and_adds_up():
         assert mark_of(columns) == (mark_of(columns[::2]) + mark_of(columns[1::2])) % 2**64
 
 
-def test_what_is_noted_of_pads_does_not_grow_with_what_was_read(tmp_path):
+def test_what_is_noted_of_pads_does_not_grow_with_what_was_read():
     """Ragged chunks without end: whatever their number, the state's file keeps its size."""
     model, cache, sizes = sleeper("llama", "hard"), SleepCache(), []
     mask = torch.tensor([[1, 1], [0, 1]])

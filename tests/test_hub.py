@@ -186,7 +186,7 @@ def test_what_a_person_wrote_on_the_hub_stays(hub, on_hub):
 
 
 class WaitForUploads(TrainerCallback):
-    """With `hub_always_push`, steps as short as these would write the next checkpoint into the files being uploaded."""
+    """Waits: with `hub_always_push`, steps this short would write the next checkpoint into files being uploaded."""
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.push_in_progress.wait_until_done()
@@ -370,7 +370,7 @@ def test_a_metric_that_says_too_little_is_refused(metric, message):
         CardFacts(metrics=[METRIC, metric])
 
 
-def test_metrics_may_be_tensors_or_arrays(tmp_path):
+def test_metrics_may_be_tensors_or_arrays():
     metric = METRIC | {"accuracy": torch.tensor(0.875), "n": torch.tensor(200)}
     assert CardFacts(metrics=[metric]).metrics == [METRIC]
 
@@ -427,7 +427,7 @@ def test_a_folders_card_that_names_no_one_base_names_none(named, tmp_path):
     assert card_of(tmp_path / "asleep").data.base_model is None
 
 
-def test_a_licence_is_looked_up_on_the_hub_when_a_model_is_pushed(hub, tmp_path):
+def test_a_licence_is_looked_up_on_the_hub_when_a_model_is_pushed(hub):
     card = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE.md\n---\n"
     hub.commit("org/tiny", "main", {"README.md": card})
     assert base_licence("org/tiny") == {}
@@ -437,7 +437,7 @@ def test_a_licence_is_looked_up_on_the_hub_when_a_model_is_pushed(hub, tmp_path)
     assert base_licence("org/tiny") == licence
 
 
-def test_a_few_licences_are_known_without_asking(monkeypatch):
+def test_a_few_licences_are_known_without_asking():
     assert base_licence("ByteDance/Ouro-1.4B") == {"license": "apache-2.0"}
     assert base_licence("jet-ai/Jet-Nemotron-2B").items() >= NVIDIA.items()
     assert base_licence("me/Jet-Nemotron-2B") == {}

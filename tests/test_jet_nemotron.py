@@ -455,7 +455,7 @@ def test_fresh_weights_are_all_initialised_and_learn(golden):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_missing_weights_are_made_and_loaded_ones_kept(tmp_path, golden):
+def test_missing_weights_are_made_and_loaded_ones_kept(tmp_path):
     weights = load_file(FOLDER / "model.safetensors")
     prefix = "model.layers.2.self_attn."
     missing = {f"{prefix}{name}" for name in ("A_log", "dynamic_conv1d.kernel_generator.w2.bias")}
@@ -629,7 +629,7 @@ def test_without_a_mask_the_last_token_counts_and_a_sliding_layer_sees_itself(mo
 @pytest.mark.parametrize("given", [False, True])
 @torch.no_grad()
 def test_a_row_that_ends_early_goes_on_as_it_would_alone(shared, golden, given):
-    """What generate feeds a row after its end is a pad to Jet layers too: the next turn could not take it back."""
+    """Tokens that generate feeds a row after its end are pads to Jet layers too: nobody could take them back."""
     prompts, question = golden["short.input_ids"][:, :6], golden["short.input_ids"][:1, 30:32]
     options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     said = shared.generate(prompts, max_new_tokens=9, eos_token_id=None, **options).sequences[:, 6:].tolist()

@@ -399,7 +399,7 @@ def test_without_a_target_the_loss_is_zero(training, count):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_loss_is_the_cross_entropy_of_the_logits(training):
-    """In whatever windows; labels of pads do not count, even where they are not masked."""
+    """Targets count in whatever window they are; labels of pads do not, even where they are not masked."""
     model = sleeper(dtype=torch.double)
     ids, mask = pad([tokens(2 * L + 3, 1), tokens(L + 2, 2)], "left")
     labels = ids.clone()
@@ -427,7 +427,7 @@ def test_without_a_target_the_loss_is_zero_with_a_graph(training):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_without_a_target_every_trainable_parameter_gets_a_gradient(checkpointing):
-    """Also where the base is frozen: DDP waits for the gradient of every parameter that has one elsewhere."""
+    """A frozen base changes nothing: DDP waits for the gradient of every parameter that has one elsewhere."""
     model, ids = sleeper().train(), tokens(2 * L + 3)[None]
     model.lm.requires_grad_(False)
     model.gradient_checkpointing = checkpointing

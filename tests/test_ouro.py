@@ -152,7 +152,7 @@ def test_a_threshold_is_reached_where_it_is_met():
 
 @torch.no_grad()
 def test_rounding_does_not_move_the_last_loop(model):
-    """Neither a sum of all probabilities below 1, nor a gate so sure that the first of them is 1."""
+    """The last loop answers at 1, though all probabilities add up to less, or the first one rounds to 1."""
     out = model(IDS, exit_threshold=math.nextafter(1.0, 0.0))
     assert (out.exit_probabilities.cumsum(-1)[..., -1] < 1).any()
     close(out.logits, GOLDEN["logits_per_step"][-1])
@@ -366,7 +366,7 @@ def test_double_precision_stays_double():
     close(out.logits, (probabilities.movedim(-1, 0)[..., None] * expected).sum(0))
 
 
-def test_attention_maps(model):
+def test_attention_maps():
     lm = load(attn_implementation="eager")
     with torch.no_grad():
         maps = lm(IDS[:, :9], output_attentions=True).attentions
@@ -428,7 +428,7 @@ def test_exits_while_decoding(model, exits, kind):
 @pytest.mark.parametrize("exits", EXITS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
 def test_sampling_with_exits(model, exits, options):
-    """Every logit that generate sampled from is that of one forward over the whole sample with the same setting."""
+    """Logits that generate sampled from are those of one forward over the whole sample with the same setting."""
     prompt = IDS[:, :7]
     out = model.generate(
         prompt,
@@ -742,7 +742,7 @@ def test_weights_round_trip(model, tmp_path):
         close(base(IDS).last_hidden_state, GOLDEN["hidden_states_per_step"][-1])
 
 
-def test_files_without_metadata_load(tmp_path):
+def test_files_without_metadata_load():
     with safe_open(FOLDER / "model.safetensors", framework="pt") as file:
         assert file.metadata() is None
     _, report = load(output_loading_info=True)

@@ -120,7 +120,7 @@ def test_just_the_adapter_and_the_fast_weights_learn(tuned):
 
 
 def test_an_adapter_loads_onto_a_fresh_retrofit(tuned):
-    """Of the same base and settings; what its new blocks were initialised with does not matter."""
+    """The retrofit has the same base and settings; what its new blocks were initialised with does not matter."""
     fresh = tuned.retrofit(2)
     loaded = PeftModel.from_pretrained(fresh, tuned.folder / "adapter").eval()
     assert torch.equal(loaded(input_ids=IDS).logits, tuned.logits)

@@ -268,7 +268,7 @@ def test_autocast_is_for_machines_that_have_bfloat16(preset, recipe, monkeypatch
         assert not module.parse_arguments(["--preset", preset, "--no-bf16"]).bf16
 
 
-def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch, tmp_path):
+def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
     monkeypatch.setattr(recipe("finetune_gsm"), "default_dtype", lambda: torch.bfloat16)
     parse = recipe("finetune_gsm").parse_arguments
     presets = {name: parse(["--preset", name]) for name in ("paper-jet-nemotron", "paper-ouro", "paper-ouro-sliding")}

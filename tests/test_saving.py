@@ -50,7 +50,7 @@ def saved_base(family: str, root: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(autouse=True)
 def _any_processor(monkeypatch):
-    """As on one that multiplies in 16 bits. Others load such checkpoints in float32, which test_dtypes.py tests."""
+    """Act as one that multiplies in 16 bits. Others load such checkpoints in float32, which test_dtypes.py tests."""
     monkeypatch.setattr("hf_sleep.dtypes._cpu_multiplies", lambda dtype: True)
 
 

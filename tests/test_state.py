@@ -344,7 +344,7 @@ def rewrite(folder: Path, **changes) -> Path:
 
 
 def test_the_digest_is_of_the_file_with_zeros_in_its_place(kept, tmp_path):
-    """As a reader in another language would check it."""
+    """Check it as a reader in another language would."""
     data = (tmp_path / "state.safetensors").read_bytes()
     digest = re.search(rb'"sha256":"([0-9a-f]{64})"', data)[1]
     assert hashlib.sha256(data.replace(digest, b"0" * 64)).hexdigest().encode() == digest
@@ -511,7 +511,7 @@ def test_a_state_that_cannot_be_is_refused_everywhere(case, kept, tmp_path):
 
 
 def test_counters_of_a_sliding_window_are_checked(tmp_path):
-    """By hand: a window of 5 and 1 sink. After 13 tokens and 2 sleeps, 5 are kept and the next position is 9."""
+    """Counters by hand: after 13 tokens and 2 sleeps, of a window of 5 and 1 sink, 5 are kept, and position 9 is next."""
     model = sleeper(eviction="sliding")
     with torch.no_grad():
         state = put_away(model, model(tokens(13)[None], use_cache=True).cache, tmp_path)

@@ -1,4 +1,4 @@
-"""What both Trainers divide by, shift and smooth: the plain base's loss, wherever the pads stand."""
+"""Loss as both Trainers divide, shift and smooth it: the plain base's, wherever the pads stand."""
 
 import copy
 
@@ -95,7 +95,7 @@ def test_label_smoothing_through_the_sleep_trainer_ignores_what_nothing_predicts
 
 
 def first_loss(trainer, batches):
-    """What the Trainer makes of batches that share an optimizer step: the sum of their losses, and the gradient."""
+    """Return what the Trainer makes of batches that share an optimizer step: their summed losses, and the gradient."""
     made, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     total = sum(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count) for batch in made)
     total.backward()
@@ -121,7 +121,7 @@ def test_a_left_padded_batch_has_the_loss_of_a_right_padded_one(training, tmp_pa
 @pytest.mark.parametrize("collate", [labelled, lambda side: lambda rows: SleepCollator(side)(labels_of(rows))])
 @pytest.mark.parametrize("kind", [Trainer, SleepTrainer])
 def test_accumulated_left_padded_batches_have_the_loss_of_right_padded_ones(kind, collate, tmp_path, monkeypatch):
-    """With the plain Trainer where the collator ignores the labels that nothing predicts; else it says so, once."""
+    """The plain Trainer needs a collator that ignores the labels that nothing predicts; else it says so, once."""
     warnings, results = [], {}
     monkeypatch.setattr("hf_sleep.modeling.outputs.logger.warning_once", warnings.append)
     for side in ("left", "right"):

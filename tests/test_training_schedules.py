@@ -137,7 +137,7 @@ def test_changes_are_taken_back_last_first(flip, tmp_path):
 
 
 def test_two_models_in_turn_keep_their_own_changes(tmp_path):
-    """Also a model that is trained within another's step."""
+    """One of them may be trained within another's step."""
     seen = []
 
     class Inner(TrainerCallback):

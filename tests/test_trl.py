@@ -223,8 +223,8 @@ def test_sft_of_completions_scores_them_alone(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "fields", [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}], ids=["free", "packed"]
 )
-def test_sft_without_padding_is_refused(fields, tokenizer, tmp_path, caplog):
-    """Several documents in one row: one would remember the other."""
+def test_sft_without_padding_is_refused(fields, tokenizer, tmp_path):
+    """Documents packed into one row would remember each other."""
     model = tiny()
     before = copy.deepcopy(model.state_dict())
     sft = trainer_of("SFT", tmp_path, TEXTS, model, tokenizer, **fields)
@@ -313,7 +313,7 @@ def test_grpo_samples_and_scores_through_sleep(beta, tokenizer, tmp_path):
 
 
 def test_grpo_answers_are_those_of_generate(tokenizer, tmp_path):
-    """With a temperature next to 0, left-padded prompts of many lengths, over sleeps."""
+    """Prompts are left-padded and of many lengths, answers sleep, and the temperature is next to 0."""
     model = tiny()
     grpo = grpo_of(tmp_path, model, tokenizer, temperature=1e-4, max_steps=1)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in PROMPTS]
