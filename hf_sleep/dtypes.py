@@ -10,8 +10,9 @@ def default_dtype(device: torch.device | str | int | None = None) -> torch.dtype
 
     An NVIDIA GPU has bfloat16 from Ampere on, and every AMD GPU that torch runs on has it. A CPU has it with
     AVX512-BF16, AMX or Arm's BF16 and a torch with oneDNN. Without, a product takes many times what it takes in
-    float32. Nothing was run on other devices (Apple's MPS, Intel's XPU): they get float32, which each of them has. It
-    never is float16: what was trained in bfloat16 overflows in it, and training in it needs a loss scaler.
+    float32. Nothing was run on other devices (Apple's MPS, Intel's XPU): they get float32, which each of them has.
+
+    float16 is never chosen: what was trained in bfloat16 overflows in it, and training in it needs a loss scaler.
 
     Args:
         device: where the model will compute; by default the accelerator, where there is one, else the CPU.

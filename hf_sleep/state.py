@@ -102,7 +102,7 @@ class SleepState:
             ValueError: an empty cache, or one of another model.
         """
         if cache.is_empty:
-            raise ValueError("the cache is empty: there is nothing to keep")
+            raise ValueError("the cache is empty: there is nothing to keep. Call the model with it first")
         if not cache.belongs_to(model):
             raise ValueError("the cache was written by another model: pass the model that filled it")
         return cls(

@@ -511,7 +511,7 @@ def test_a_state_that_cannot_be_is_refused_everywhere(case, kept, tmp_path):
 
 
 def test_counters_of_a_sliding_window_are_checked(tmp_path):
-    """Counters by hand: after 13 tokens and 2 sleeps, of a window of 5 and 1 sink, 5 are kept, and position 9 is next."""
+    """Counters by hand: after 13 tokens and 2 sleeps with a window of 5 and 1 sink, 5 are kept, and 9 is next."""
     model = sleeper(eviction="sliding")
     with torch.no_grad():
         state = put_away(model, model(tokens(13)[None], use_cache=True).cache, tmp_path)

@@ -368,7 +368,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """
         policy, memory = self._policy(sleep_passes), memory_in(cache, self)
         if not memory.counters:
-            raise ValueError("cache has read nothing yet: there is nothing to sleep on")
+            raise ValueError("cache has read nothing yet: there is nothing to sleep on. Call the model with it first")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             memory = self._sleeper().sleep(memory, range(len(memory.counters)), policy)
         cache.hold(self, memory)

@@ -75,7 +75,7 @@ class MuonAdamW(torch.optim.Optimizer):
         fused: bool = False,
     ):
         if not any(groups.values()):
-            raise ValueError("nothing to optimize: every parameter is frozen (requires_grad=False)")
+            raise ValueError("nothing to optimize, every parameter is frozen: set requires_grad=True of some")
         makers: dict[str, Callable[[list], torch.optim.Optimizer]] = {
             "adamw": lambda g: torch.optim.AdamW(g, lr, betas, eps, weight_decay, fused=fused or None),
             "adamw_no_decay": lambda g: torch.optim.AdamW(g, lr, betas, eps, 0.0, fused=fused or None),

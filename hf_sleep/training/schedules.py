@@ -167,7 +167,7 @@ class HardEvictionWarmup(DuringStep):
             )
         names = fast_weight_names(model)
         if not any(p.requires_grad for name, p in model.named_parameters() if name in names):
-            raise ValueError("HardEvictionWarmup: all fast weights are frozen, so the first stage has nothing to train")
+            raise ValueError("HardEvictionWarmup: all fast weights are frozen, so stage 1 would train nothing: unfreeze them")
 
     @contextmanager
     def change(self, state: Any, model: Any) -> Iterator[None]:

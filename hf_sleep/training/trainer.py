@@ -287,7 +287,7 @@ class SleepTrainer(Trainer):
         own = self.compute_metrics, self.preprocess_logits_for_metrics
         if own == (None, None) and isinstance(rows, Sequence | datasets.Dataset) and "difficulty" in rows[0]:
             if "labels" not in rows[0]:
-                raise ValueError("the evaluation rows have a difficulty but no labels, so there is nothing to judge")
+                raise ValueError("the evaluation rows have a difficulty but no labels to judge by: add a labels column")
             self.compute_metrics = partial(accuracy_by_difficulty, rows, self.task)
             self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
         try:
