@@ -54,8 +54,8 @@ class GenerationEvaluation(TrainerCallback):
     """Lets the model generate answers after each evaluation, and reports exact matches by difficulty and by N.
 
     `eval_generate_accuracy_{difficulty}_passes_{N}`, and without the difficulty their mean over difficulties, are added
-    to the evaluation's metrics and logged; of rows that have no difficulty, their mean alone. Greedy; an answer counts
-    when all of its tokens are right. Every rank generates every answer.
+    to the evaluation's metrics and logged. Rows that have no difficulty get their mean alone. Generation is greedy, and
+    an answer counts when all of its tokens are right. Every rank generates every answer.
 
     Args:
         trainer: whose `log` reports it.

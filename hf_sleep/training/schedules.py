@@ -167,7 +167,9 @@ class HardEvictionWarmup(DuringStep):
             )
         names = fast_weight_names(model)
         if not any(p.requires_grad for name, p in model.named_parameters() if name in names):
-            raise ValueError("HardEvictionWarmup: all fast weights are frozen, so stage 1 would train nothing: unfreeze them")
+            raise ValueError(
+                "HardEvictionWarmup: all fast weights are frozen, and the first stage trains them alone: unfreeze some"
+            )
 
     @contextmanager
     def change(self, state: Any, model: Any) -> Iterator[None]:
