@@ -115,6 +115,14 @@ class SleepLMConfig(PreTrainedConfig):
         config.sleep = config.sleep.changed(asked).resolve(config.text_config)
         return made
 
+    def imports(self) -> list[str]:
+        """Modules from outside this package that have to be imported before this config can be read."""
+        sleep = self.sleep.to_dict()
+        policy = sleep["sleep_passes"]
+        named = {*sleep.get("imports", {}).values(), self.base_module}
+        named.add(policy.get("module") if isinstance(policy, dict) else None)
+        return sorted(module for module in named if module is not None)
+
     def to_dict(self) -> dict[str, Any]:
         """Make the dictionary that is written to config.json, with `sleep` as plain values."""
         output = super().to_dict()

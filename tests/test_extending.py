@@ -32,6 +32,7 @@ from hf_sleep.bases.gated_delta_net import Qwen3NextDecoder
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.engine import UntilSettled, WithinSeconds
 from hf_sleep.engine.passes import change
+from hf_sleep.placement import lengths_in_step
 from hf_sleep.registry import BASES, BETWEEN, BLOCKS, EVICTIONS, PASS_POLICIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,6 +321,35 @@ def test_a_budget_of_time_bounds_the_passes():
     for wrong in (lambda: WithinSeconds(-1.0), lambda: UntilSettled(0), lambda: UntilSettled(tolerance=float("nan"))):
         with pytest.raises(ValueError, match="cannot work"):
             wrong()
+
+
+@each_policy
+def test_generate_takes_a_policy(policy, modules):
+    model = slept("block", block_kind="jet", sleep_passes=1)
+    told: list[tuple[int, int]] = []
+    settings = {"max_new_tokens": 2 * L, "do_sample": False, "sleep_passes": POLICIES[policy](modules)}
+    with torch.no_grad(), model.on_sleep(lambda event: told.append((event.tokens, event.sleep_passes))):
+        answer = model.generate(tokens(L + 2)[None], **settings)
+        said = list(told)
+        told.clear()
+        logits = model(answer, sleep_passes=settings["sleep_passes"]).logits
+    assert said == told
+    assert len(said) == 3
+    assert torch.equal(logits[0, L + 1 : -1].argmax(-1), answer[0, L + 2 :])
+
+
+def test_ranks_that_read_in_step_cannot_look_at_the_data():
+    with pytest.raises(ValueError, match="sleep_passes is a policy that looks at the data, and with sharded weights"):
+        lengths_in_step(7, torch.device("cpu"), depends_on_data=True)
+
+
+def test_a_card_imports_all_that_its_model_needs(modules, tmp_path):
+    model = slept("base_family", torch.float, eviction="recent", sleep_passes=modules["pass_policy"].WhileGrowing())
+    model.config.base_module = BASES.module_of("phi")
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for name in ("base_family", "eviction", "pass_policy"):
+        assert f"\nimport extend_{name}\n" in card
 
 
 @each_policy

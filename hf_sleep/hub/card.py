@@ -94,7 +94,7 @@ def model_card(
         tokenizer=repo_id or name,
         usage=facts.usage.strip(),
         version=__version__,
-        imports=sorted({*config.sleep.to_dict().get("imports", {}).values()}),
+        imports=config.imports(),
         sleep=config.sleep,
         only_sleep=config.only_sleep,
         untrained=untrained,
