@@ -1,8 +1,9 @@
-"""Shapes, pads and dtypes: the operators' common ground."""
+"""Shapes, pads, chunks and dtypes: the operators' common ground."""
 
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,6 +59,11 @@ def zero_pads(x: Tensor, pad: Tensor | None) -> Tensor:
     if pad is None:
         return x
     return x.masked_fill(pad.reshape(pad.shape + (1,) * (x.dim() - 2)), 0)
+
+
+def in_chunks(z: Tensor, size: int) -> Tensor:
+    """Cut `z` `[B, T, H, D]` into chunks of `size` tokens c: `[B, chunks, H, c, D]`, with zeros after the last token."""
+    return F.pad(z, (0, 0, 0, 0, 0, -z.shape[1] % size)).unflatten(1, (-1, size)).transpose(2, 3)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lengths, compute_dtype, misfit, no_autocast, pad_mask, zero_pads
+from .checks import check_lengths, compute_dtype, in_chunks, misfit, no_autocast, pad_mask, zero_pads
 from .chunked import NORM_EPS
 
 _CHUNK = 64
@@ -127,7 +127,7 @@ def chunk_kda(
     size = min(_CHUNK, 1 << (tokens - 1).bit_length())
     with no_autocast(q.device):
         *inputs, beta, state = _prepared(q, k, v, g, beta, initial_state, lengths)
-        q, k, v, g, beta = (_chunks(z, size) for z in (*inputs, beta[..., None]))
+        q, k, v, g, beta = (in_chunks(z, size) for z in (*inputs, beta[..., None]))
         kept, last = g.cumsum(-2).exp(), _sums_after(g).exp()
         scores = _scores(torch.stack([q, k]), k, g)
         # Row i: u_i + beta_i sum_j<i (k_i . k_j) u_j = beta_i (v_i - S^T k_i), with the decays in between.
@@ -179,11 +179,6 @@ def _scores(rows: Tensor, k: Tensor, g: Tensor) -> Tensor:
 def _sums_after(g: Tensor) -> Tensor:
     """Sum g `[..., c, K]` over the tokens after each one."""
     return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _chunks(z: Tensor, size: int) -> Tensor:
-    """`[B, T, H, D]` to `[B, chunks, H, c, D]`, with zeros after the last token."""
-    return F.pad(z, (0, 0, 0, 0, 0, -z.shape[1] % size)).unflatten(1, (-1, size)).transpose(2, 3)
 
 
 def _prepared(

@@ -6,10 +6,9 @@ the other operators. Mamba's own layout `[B, H, P, N]` is its transpose, P = V a
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lengths, compute_dtype, misfit, no_autocast, pad_mask, zero_pads
+from .checks import check_lengths, compute_dtype, in_chunks, misfit, no_autocast, pad_mask, zero_pads
 
 _CHUNK = 64
 
@@ -132,7 +131,7 @@ def chunk_mamba2(
     size = min(_CHUNK, tokens)
     with no_autocast(x.device):
         x, dt, A, B, C, D, state = _prepared(x, dt, A, B, C, D, initial_state, pad)
-        keys, queries, values, g = (_chunks(z, size) for z in (B, C, dt[..., None] * x, (dt * A)[..., None]))
+        keys, queries, values, g = (in_chunks(z, size) for z in (B, C, dt[..., None] * x, (dt * A)[..., None]))
         # [B, chunks, G, c, K], and with the H / G heads of a group [B, chunks, G, H / G, c, ...].
         values, g = values.unflatten(2, (groups, -1)), g.squeeze(-1).unflatten(2, (groups, -1))
         kept, decay = g.cumsum(-1).exp(), _segment_sums(g).exp()
@@ -164,11 +163,6 @@ def _prepared(
         initial_state = x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3], dtype=dtype)
     x, dt, B, C = (zero_pads(z, pad).to(dtype) for z in (x, dt, B, C))
     return x, dt, A.to(dtype), B, C, D.to(dtype), initial_state.to(dtype)
-
-
-def _chunks(z: Tensor, size: int) -> Tensor:
-    """`[B, T, H, D]` to `[B, chunks, H, c, D]`, with zeros after the last token."""
-    return F.pad(z, (0, 0, 0, 0, 0, -z.shape[1] % size)).unflatten(1, (-1, size)).transpose(2, 3)
 
 
 def _segment_sums(g: Tensor) -> Tensor:
