@@ -62,7 +62,7 @@ def zero_pads(x: Tensor, pad: Tensor | None) -> Tensor:
 
 
 def in_chunks(z: Tensor, size: int) -> Tensor:
-    """Cut `z` `[B, T, H, D]` into chunks of `size` tokens c: `[B, chunks, H, c, D]`, with zeros after the last token."""
+    """Cut `[B, T, H, D]` into chunks of c = `size` tokens, `[B, chunks, H, c, D]`, with zeros after the last token."""
     return F.pad(z, (0, 0, 0, 0, 0, -z.shape[1] % size)).unflatten(1, (-1, size)).transpose(2, 3)
 
 
