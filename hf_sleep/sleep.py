@@ -4,16 +4,17 @@ The paper's Algorithm 1, and where it is:
 
     S <- 0                                        Sleeper.empty
     for each window:                              Sleeper.read, row by row: windows count a row's own tokens
-        h <- Embed(c)                             before: `read` takes embeddings
+        h <- Embed(c)                             outside this file: `read` takes embeddings
         h, S <- Blocks(h, S)                      Sleeper.wake: the ordinary read is pass 1, of every window
         repeat N - 1 times: h, S <- Blocks(h, S)  Sleeper.consolidate, when another token comes after a full window
         drop h and the KV cache                   Sleeper.evict; consolidate + evict = Sleeper.sleep
-        loss <- MaskedCE(OutProj(h), c, m)        after: `read` returns what the head takes, for the tokens wanted
+        loss <- MaskedCE(OutProj(h), c, m)        outside this file: `read` returns what the head takes
 
-A window sleeps late, before the token that does not fit in it, with the N of the call that brings this token. So the
-last window does not sleep, and no mask has to say which windows do. The layers are slots in running order: those before
-the loop run once per window, those in the loop N times, those after it once, on the last pass's output. All that
-crosses a call is a `Memory`, a value: each step takes one and returns the next.
+A window sleeps late: before the token that does not fit in it, which a later call may bring, with its N. So the last
+window does not sleep, and no mask has to say which windows do. One with labels that is not the last sleeps too; its
+loss is that of pass 1. In Algorithm 1, whose labels are all in the last window, this is the same. The layers are slots
+in running order: those before the loop run once per window, those in the loop N times, those after it once, on the last
+pass's output. All that crosses a call is a `Memory`, a value: each step takes one and returns the next.
 
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
@@ -90,7 +91,8 @@ class Sleeper:
             if backprop_windows is not None:
                 memory = memory.detach_rows([b for b in full if slept[b] % backprop_windows == 0])
             span = Span.next(memory, done, counts, size, wanted)
-            # What comes after the loop reads a window that sleeps within this call then: now only logits would need it.
+            # If all these rows sleep on this window within the call, the slots after the loop read it there, from where
+            # they stand now. Here only logits would need them.
             can_wait = span.sleeps_next and policy.at_least > 1 and not span.is_wanted
             memory, hidden = self.wake(memory, span, span.of(x), run_after=not can_wait)
             for b, n in zip(span.rows, span.counts, strict=True):
@@ -161,13 +163,13 @@ class Sleeper:
         window = Window.again(self.decoder, self.eviction, x, memory.counters)
         start = order.at_start(memory)
         asked = policy.begin()
-        before, after = None, self._shown(carried, asked)
-        while asked.continues(number, before, after):
+        previous, written = None, self._shown(carried, asked)
+        while asked.continues(number, previous, written):
             x = self.between(x, loop_input)
             x, carried = self._run(order.loop, x, order.rewound(order.loop, carried, start), window)
             number += 1
             self.watchers.tell_pass(number, order.looped(carried))
-            before, after = after, self._shown(carried, asked)
+            previous, written = written, self._shown(carried, asked)
         if number > 1:
             _, carried = self._run(order.after, x, order.rewound(order.after, carried, start), window)
         return replace(memory, carried=carried), number
