@@ -157,7 +157,7 @@ def test_3_also_in_float32(case):
 
 @pytest.mark.parametrize("case", [case for case in SPREAD if case.split("/")[2] in ("N1", "N4")])
 @pytest.mark.parametrize("backprop_windows", [1, 2])
-def test_3_truncated_gradients_are_cut_behind_every_so_many_windows(case, backprop_windows):
+def test_3_truncated_gradients_are_cut_after_every_so_many_windows(case, backprop_windows):
     with exact():
         assert_loss_and_gradients(case, sleeper(case), 1e-9, backprop_windows)
 

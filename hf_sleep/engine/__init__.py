@@ -1,7 +1,7 @@
 """What the algorithm in `sleep.py` is made of: slots, windows, evictions, pass policies, what lies between passes."""
 
 from .between import Between, Nothing
-from .eviction import Eviction, EvictionPlan, Hard, Sliding, eviction_for
+from .eviction import Eviction, EvictionPlan, Hard, Sliding
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
 from .slots import RunningOrder, Slot, run_slots, running_order
 from .watch import PassHook, SleepEvent, SleepHook, Watchers
@@ -27,7 +27,6 @@ __all__ = [
     "Watchers",
     "Window",
     "WithinSeconds",
-    "eviction_for",
     "pass_policy",
     "policy_fields",
     "run_slots",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..memory import Counters
-from ..registry import EVICTIONS, register_eviction
+from ..registry import register_eviction
 
 
 class EvictionPlan(NamedTuple):
@@ -112,12 +112,3 @@ class Sliding(Eviction):
     def __init__(self, window_size: int, num_sink_tokens: int = 0):
         super().__init__(window_size, num_sink_tokens)
         self.recent, self.span = window_size - 1, window_size
-
-
-def eviction_for(name: str, window_size: int, num_sink_tokens: int) -> Eviction:
-    """The eviction of that name.
-
-    Raises:
-        KeyError: no eviction has that name.
-    """
-    return EVICTIONS[name](window_size, num_sink_tokens)
