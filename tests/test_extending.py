@@ -448,6 +448,7 @@ def test_a_hybrid_needs_no_linear_attention_in_its_config():
     stock = make_base("qwen3_next", torch.double)
     base = OutsideForCausalLM(OutsideConfig(**stock.config.to_dict() | {"model_type": "outside_hybrid"}))
     base.load_state_dict(stock.state_dict())
+    base.set_experts_implementation("eager")
     sleep = SleepConfig(window_size=L, sleep_passes=2)
     ours = SleepForCausalLM.from_base(base.double().eval(), sleep)
     plain = SleepForCausalLM.from_base(stock, sleep)
