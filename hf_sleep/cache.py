@@ -22,6 +22,7 @@ class SleepCache(Cache):
         super().__init__(layers=[])
         self.memory = Memory()
         self._owner: weakref.ref | None = None
+        self._read_with: dict[str, Any] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -30,16 +31,35 @@ class SleepCache(Cache):
 
     def hold(self, owner: Any, memory: Memory) -> None:
         """Take what `owner` has read."""
-        self.memory, self._owner = memory, weakref.ref(owner)
+        self.memory, self._owner, self._read_with = memory, weakref.ref(owner), _places(owner)
 
     def belongs_to(self, model: Any) -> bool:
         """Tell whether `model` wrote this cache."""
         return self._owner is not None and self._owner() is model
 
+    def check_settings(self, model: Any) -> None:
+        """Check that `model`, whose cache this is, still sleeps such that it can continue from here.
+
+        Raises:
+            ValueError: other looped layers or sink tokens than what was read, or a window that is full already.
+        """
+        for name, now in _places(model).items():
+            if (before := self._read_with.get(name, now)) != now:
+                raise ValueError(
+                    f"the cache was read with {name}={before!r}, the model has {name}={now!r} now: set it to that, or "
+                    "start with an empty SleepCache"
+                )
+        size, fill = model.config.sleep.window_size, max((row.fill for row in self.memory.counters), default=0)
+        if fill > size:
+            raise ValueError(
+                f"the cache holds a window of {fill} tokens, the model has window_size={size} now: set it to {fill} or "
+                "more, or sleep on the window first"
+            )
+
     def fork(self) -> "SleepCache":
         """A second cache with the same content; tensors are shared, since none is ever written in place."""
         twin = SleepCache()
-        twin.memory, twin._owner = self.memory, self._owner
+        twin.memory, twin._owner, twin._read_with = self.memory, self._owner, self._read_with
         return twin
 
     def __reduce__(self) -> Any:
@@ -77,8 +97,8 @@ class SleepCache(Cache):
         self.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep rows `indices`."""
-        self.select_rows(indices)
+        """Keep rows `indices`; of a mask `[B]`, those where it is true."""
+        self.select_rows(indices.nonzero().flatten() if indices.dtype is torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -151,3 +171,9 @@ class SleepCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of everything held: KV, fast weights, and what the next sleep starts from."""
         return self.memory.num_bytes()
+
+
+def _places(model: Any) -> dict[str, Any]:
+    """The settings that say what stands where in a memory."""
+    sleep = model.config.sleep
+    return {"loop_layers": sleep.loop_layers, "num_sink_tokens": sleep.num_sink_tokens}

@@ -216,7 +216,9 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
 
     size, order, everything = sleep.window_size, sleeper.order, range(len(slots))
     passes, keys = most_passes(sleep), sleeper.eviction.most_retained + size
-    again = (passes - 1) * flops(order.loop, size, keys) + (flops(order.after, size, keys) if passes > 1 else 0)
+    again = (passes - 1) * (flops(order.loop, size, keys) + 2 * size * _count(model.between)) + (
+        flops(order.after, size, keys) if passes > 1 else 0
+    )
     return SleepInfo(
         name=name,
         is_checkpoint=is_checkpoint,
@@ -224,7 +226,7 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
         hidden_size=text.hidden_size,
         max_positions=positions,
         parameters=_count(model.lm),
-        added_parameters=_count(model.fast_weights),
+        added_parameters=_count(model.fast_weights) + _count(model.between),
         sleep=sleep,
         slots=tuple(map(SlotInfo.of, slots)),
         loop=order.loop,
@@ -233,7 +235,8 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
         base_kv_bytes=positions
         and sleeper.decoder.base_loops * sum(kv_bytes[i] * min(positions, spans[i] or positions) for i in kv_bytes),
         fast_weight_bytes=Memory(carried=start.carried).num_bytes(),
-        window_bytes=size * Memory(loop_output=x).num_bytes() + Memory(window_start=start.window_start).num_bytes(),
+        window_bytes=size * (1 + model.between.needs_loop_input) * Memory(loop_output=x).num_bytes()
+        + Memory(window_start=start.window_start).num_bytes(),
         read_flops=flops(everything, size, keys),
         sleep_flops=again,
         token_flops=flops(everything, 1, keys - size // 2) + 2 * _count(model.get_output_embeddings()),

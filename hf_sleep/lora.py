@@ -30,6 +30,7 @@ def sleep_lora_config(model: SleepForCausalLM, r: int = 8, **fields: Any) -> "Lo
         raise TypeError(f"sleep_lora_config needs a SleepForCausalLM before PEFT wraps it, not {type(model).__name__}")
     # PEFT has no form for all blocks at once: it refuses their ModuleDict.
     blocks = [f"fast_weights.{layer}" for layer in model.fast_weights]
-    in_full = [*blocks, *(fields.pop("modules_to_save", None) or ())]
+    between = ["between"] if any(True for _ in model.between.parameters()) else []
+    in_full = [*blocks, *between, *(fields.pop("modules_to_save", None) or ())]
     defaults: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     return LoraConfig(**defaults | fields, modules_to_save=in_full or None)

@@ -83,7 +83,7 @@ def mark_of(columns: torch.Tensor) -> int:
     return int(mixed.sum()) % 2**64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """A batch of sequences between two steps. A value.
 
@@ -105,16 +105,15 @@ class Memory:
 
     @property
     def device(self) -> torch.device:
-        """Where the looped layers left the current window, or where the first tensor is."""
-        if self.loop_output is not None:
-            return self.loop_output.device
-        return next(pair[0].device for pair in self.carried if pair is not None)
+        """Where the looped layers left the current window."""
+        return self.current_window()[0].device
 
     def current_window(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`loop_output` and `loop_input` up to the end of the longest row's window; pads after the shorter ones."""
         assert self.loop_output is not None  # a row with tokens in its window has read them
         width = max(row.fill for row in self.counters)
-        return self.loop_output[:, :width], None if self.loop_input is None else self.loop_input[:, :width]
+        entered = None if self.loop_input is None else self.loop_input[:, :width].to(self.loop_output.device)
+        return self.loop_output[:, :width], entered
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Memory":
         """Apply `function` to every tensor."""

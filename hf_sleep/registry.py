@@ -38,16 +38,20 @@ class Registry:
         Registering a class again under its own name, as a notebook's cell does that is run twice, replaces it.
 
         Raises:
+            TypeError: no name, as of a decorator without parentheses.
             ValueError: a name that another class has.
         """
+
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"@{self.decorator} needs a name: @{self.decorator}('name')")
 
         def add(new: C) -> C:
             for name in names:
                 old = self._classes.get(name)
-                if old is not None and (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+                if old is not None and not _is_same(old, new):
                     raise ValueError(
                         f"{self.decorator}({name!r}): {old.__module__}.{old.__qualname__} has that name already, "
-                        "choose another"
+                        "choose another (or import the file just once: run as a script and imported, it is two modules)"
                     )
             for name in names:
                 self._classes[name] = new
@@ -68,15 +72,16 @@ class Registry:
         """The class of that name.
 
         Raises:
-            KeyError: there is none.
+            ValueError: there is none.
         """
-        self._load()
+        if name not in self:
+            raise ValueError(f"{self.axis} {name!r} is not known: {self.what_works()}")
         return self._classes[name]
 
     def name_of(self, kind: type) -> str | None:
         """The first name under which a class is registered; `None`: under none."""
         self._load()
-        return next((name for name, known in self._classes.items() if known is kind), None)
+        return next((name for name, known in self._classes.items() if _is_same(known, kind)), None)
 
     def module_of(self, name: str) -> str | None:
         """The module that has to be imported for a name; `None` for what this package brings, or an unknown name."""
@@ -98,6 +103,11 @@ class Registry:
         if module is not None:
             return f"it was registered by {module}, which has not been imported here: import {module} first"
         return f"it must be one of {', '.join(self.names())}, or be registered with hf_sleep.{self.decorator} first"
+
+
+def _is_same(a: type, b: type) -> bool:
+    """Whether two classes are one, or the second is the first run again."""
+    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
 
 
 BASES = Registry("base family", "hf_sleep.bases", "register_base")

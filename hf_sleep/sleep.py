@@ -164,7 +164,7 @@ class Sleeper:
         start = order.at_start(memory)
         asked = policy.begin()
         previous, written = None, self._shown(carried, asked)
-        while asked.continues(number, previous, written):
+        while policy.continues(asked, number, previous, written):
             x = self.between(x, loop_input)
             x, carried = self._run(order.loop, x, order.rewound(order.loop, carried, start), window)
             number += 1

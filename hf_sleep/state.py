@@ -105,6 +105,7 @@ class SleepState:
             raise ValueError("the cache is empty: there is nothing to keep. Call the model with it first")
         if not cache.belongs_to(model):
             raise ValueError("the cache was written by another model: pass the model that filled it")
+        cache.check_settings(model)
         return cls(
             tensors=dict(_named(cache.memory)),
             rows=list(cache.memory.counters),
@@ -298,12 +299,10 @@ def _check_row(number: int, row: Counters, config: SleepConfig) -> None:
     """Check a row's counters: where it retains and where it stands follow from what it read and slept on."""
     size, fits = config.window_size, False
     if all(type(getattr(row, name)) is int for name in COUNTERS):
-        slept_on, eviction = row.seen - row.fill, config.make_eviction()
-        retained = min(eviction.most_retained, slept_on)
-        position = row.fill + min(eviction.window_position, slept_on)
+        slept_on = row.seen - row.fill
         # A sleep takes one token at least, and a window at most.
         fits = 0 <= row.fill <= size and -(-slept_on // size) <= row.sleeps <= slept_on
-        fits &= (row.retained, row.position) == (retained, position)
+        fits &= config.make_eviction().may_leave(row)
     if not fits:
         raise ValueError(
             f"row {number} has {row}, which window_size={size}, eviction={config.eviction!r} and "
@@ -332,6 +331,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _named(memory: Memory) -> list[tuple[str, torch.Tensor]]:
+    """All tensors by their names on disk, where `loop_output` is called `hidden`."""
     named = []
     for prefix, pairs in (("layers", dict(enumerate(memory.carried))), ("window_start", memory.window_start)):
         for slot, pair in pairs.items():

@@ -67,8 +67,11 @@ class Decoder:
 
     @classmethod
     def default_loop_layers(cls, config: PreTrainedConfig) -> tuple[int, int]:
-        """Half-open range of the layers that a sleep runs again where `SleepConfig.loop_layers` leaves it open."""
-        return 0, config.num_hidden_layers
+        """Half-open range of the layers that a sleep runs again where `SleepConfig.loop_layers` leaves it open.
+
+        A config may say it as `default_loop_layers`; otherwise all of them.
+        """
+        return getattr(config, "default_loop_layers", None) or (0, config.num_hidden_layers)
 
     def __init__(self, lm: PreTrainedModel):
         if lm.config._attn_implementation.startswith("paged|"):
@@ -186,10 +189,9 @@ class Decoder:
         def run(x: torch.Tensor, carried: FastWeights) -> tuple[torch.Tensor, FastWeights]:
             mixed, carried = self.mix(layer, layer.input_layernorm(x), carried, lengths)
             x = x + mixed
-            return x + layer.mlp(layer.post_attention_layernorm(x)), carried
+            return x + layer.mlp(layer.post_attention_layernorm(x)), FastWeights(*carried)
 
-        x, carried = as_forward(layer, run, x, fast_weights)
-        return x, FastWeights(*carried)
+        return as_forward(layer, run, x, fast_weights)
 
     def mix(
         self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None

@@ -72,6 +72,12 @@ class Eviction:
         retained = sinks + min(self.recent, row.kv_length - sinks)
         return row.after_sleep(retained, min(row.position, self.window_position))
 
+    def may_leave(self, row: Counters) -> bool:
+        """Whether a row can have such counters, as a file of a memory says. Override it where `after` is."""
+        slept_on = row.seen - row.fill
+        position = row.fill + min(self.window_position, slept_on)
+        return (row.retained, row.position) == (min(self.most_retained, slept_on), position)
+
     def plan(self, rows: Sequence[Counters], device: torch.device) -> EvictionPlan | None:
         """What stays of rows that sleep now, and where it moves.
 
@@ -96,7 +102,8 @@ class Eviction:
         is_sink = column < plan[:, :1]
         last = max(row.kv_length for row in rows) - 1
         columns = torch.where(is_sink, column, column + plan[:, 1:2]).clamp(max=last)
-        turns = bool(self.recent) and any(shift for *_, shift in table)
+        stays = any(new.retained > sinks for new, (sinks, *_) in zip(after, table, strict=True))
+        turns = stays and any(shift for *_, shift in table)
         return EvictionPlan(columns.to(device), is_sink.to(device), plan[:, 2], turns)
 
 

@@ -4,6 +4,7 @@ To add a policy, subclass `PassPolicy` as a frozen dataclass, say in `another` w
 `@register_pass_policy("name")`, under which a checkpoint's config keeps it with its fields.
 """
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -38,11 +39,11 @@ class PassPolicy:
         """Called when a sleep begins. A policy that keeps count of something returns a copy that does."""
         return self
 
-    def continues(self, number: int, before: Written | None, after: Written | None) -> bool:
-        """`another` within `at_least` and `at_most`; with the same arguments."""
+    def continues(self, asked: "PassPolicy", number: int, before: Written | None, after: Written | None) -> bool:
+        """Whether a sleep that began with `asked` runs another pass: `asked.another`, within this policy's bounds."""
         if number < self.at_least:
             return True
-        return number != self.at_most and self.another(number, before, after)
+        return (self.at_most is None or number < self.at_most) and bool(asked.another(number, before, after))
 
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
         """Whether a row needs a pass more.
@@ -98,7 +99,7 @@ class UntilSettled(PassPolicy):
         object.__setattr__(self, "at_most", self.cap)
 
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
-        return number < self.cap and change(before, after) > self.tolerance
+        return change(before, after) > self.tolerance
 
 
 @register_pass_policy("within_seconds")
@@ -111,6 +112,7 @@ class WithinSeconds(PassPolicy):
         cap: passes at most.
     """
 
+    began: ClassVar[float] = math.inf
     seconds: float
     cap: int = 8
 
@@ -121,22 +123,14 @@ class WithinSeconds(PassPolicy):
         object.__setattr__(self, "at_most", self.cap)
 
     def begin(self) -> "WithinSeconds":
-        return _Running(self.seconds, self.cap, time.perf_counter())
-
-    def another(self, number: int, before: Written | None, after: Written | None) -> bool:
-        return number < self.cap
-
-
-@dataclass(frozen=True)
-class _Running(WithinSeconds):
-    """A `WithinSeconds` whose time has begun."""
-
-    began: float = 0.0
+        begun = copy.copy(self)
+        object.__setattr__(begun, "began", time.perf_counter())
+        return begun
 
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
         if after and after[0].device.type != "cpu":
             torch.accelerator.synchronize(after[0].device)
-        return super().another(number, before, after) and time.perf_counter() - self.began < self.seconds
+        return time.perf_counter() - self.began < self.seconds
 
 
 def change(before: Written | None, after: Written | None) -> float:
@@ -159,6 +153,8 @@ def pass_policy(passes: Any, name: str = "sleep_passes") -> PassPolicy:
         ValueError: anything else.
     """
     if isinstance(passes, PassPolicy):
+        if passes.at_most is not None and passes.at_most < passes.at_least:
+            raise reject(name, passes, f"its at_least={passes.at_least} is above its at_most={passes.at_most}")
         return passes
     if isinstance(passes, dict):
         fields = dict(passes)
@@ -190,6 +186,8 @@ def policy_fields(policy: PassPolicy) -> int | dict[str, Any]:
             f"{type(policy).__name__} cannot be saved: make it a frozen dataclass and register it with "
             "hf_sleep.register_pass_policy. As an argument of a call it works without"
         )
-    values = {field.name: getattr(policy, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    values = {field.name: getattr(policy, field.name) for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    if taken := {"policy", "module"} & values.keys():
+        raise ValueError(f"{kind.__name__} cannot be saved: a field is called {min(taken)!r}, give it another name")
     module = PASS_POLICIES.module_of(name)
     return {"policy": name, **({} if module is None else {"module": module}), **values}

@@ -67,7 +67,7 @@ class Span:
         return take_columns(picked, index.clamp(max=x.shape[1] - 1).to(x.device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Read:
     """What came of one span.
 
@@ -117,7 +117,7 @@ def take_columns(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return t.gather(-2, index.expand(*t.shape[:-2], -1, t.shape[-1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """One pass over some tokens.
 
@@ -206,10 +206,13 @@ class Places:
         first, held, sinks = self.first[0], self.held[0], self.sinks[0]
         whole = held + width
         farthest = whole if held == first or not sinks else first + width
-        in_reach = (self.span is None or whole <= self.span + sinks) and (own_window is None or farthest < own_window)
+        is_flash = implementation.startswith("flash")
+        in_span = self.span is None or whole <= self.span + sinks
+        # At just its own window's length transformers makes a mask for sdpa, in which all is visible.
+        in_own_window = own_window is None or farthest < own_window + is_flash
         # Flash attention lines its causal mask up with the last key, sdpa with the first.
         from_start = held == 0 and implementation != "eager"
-        return in_reach and (width == 1 or from_start or implementation.startswith("flash"))
+        return in_span and in_own_window and (width == 1 or from_start or is_flash)
 
 
 def _mask(

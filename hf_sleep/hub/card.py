@@ -129,7 +129,10 @@ def _settings(model: Any) -> dict[str, Any]:
     """Rows of the card's table."""
     sleep = model.config.sleep
     first, end = sleep.loop_layers
-    base, added = model.lm.num_parameters(), sum(p.numel() for p in model.fast_weights.parameters())
+    base, added = (
+        model.lm.num_parameters(),
+        sum(p.numel() for part in (model.fast_weights, model.between) for p in part.parameters()),
+    )
     settings = {
         "window L (tokens between sleeps)": sleep.window_size,
         "sleep passes N": sleep.sleep_passes,
@@ -137,6 +140,8 @@ def _settings(model: Any) -> dict[str, Any]:
         "sink tokens": sleep.num_sink_tokens,
         "looped decoder layers": f"{first} to {end - 1} of {model.config.text_config.num_hidden_layers}",
     }
+    if sleep.between != "none":
+        settings["between passes"] = sleep.between
     if sleep.block_layers:
         settings |= {
             "fast-weight blocks": f"{sleep.block_kind}, after decoder layers {', '.join(map(str, sleep.block_layers))}",

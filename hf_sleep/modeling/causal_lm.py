@@ -125,7 +125,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             probed=probed,
         )
         config._attn_implementation, config._experts_implementation = attention, experts
-        with torch.device("meta"):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             model = cls(config, lm=base)
         draw_blocks(model, base)
         for module in base.modules():
@@ -147,7 +147,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
     def _apply(self, fn: Callable, recurse: bool = True) -> "SleepForCausalLM":
         # What loading in 16 bits keeps: the gates, a hybrid base's too, and what is computed and not loaded, as RoPE's
         # frequencies are.
-        kept = [p for name, p in self.named_parameters() if name.rpartition(".")[2] in self.fp32_parameters]
+        of_base = self.decoder.fp32_parameters
+        kept = [p for name, p in self.lm.named_parameters() if name.rpartition(".")[2] in of_base]
         kept += [buffer for _, buffer in self.named_non_persistent_buffers()]
         return super()._apply(keeping(fn, kept), recurse)
 
@@ -211,7 +212,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
 
     @contextmanager
     def sleeping(self, **settings: Any) -> Iterator["SleepForCausalLM"]:
-        """Sleep with other settings inside a `with` block, and with the old ones again after it.
+        """Sleep with other settings inside a `with` block, and with the old ones again after it; in one thread.
 
         Args:
             settings: fields of `SleepConfig` other than the blocks': `model.sleeping(sleep_passes=3, eviction="hard")`.

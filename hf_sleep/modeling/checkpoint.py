@@ -15,6 +15,7 @@ from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..config import SleepConfig
+from ..engine import pass_policy, policy_fields
 from ..hub import (
     AUTO_MAP,
     CardFacts,
@@ -109,7 +110,7 @@ class CheckpointMixin(SleepPreTrainedModel):
                 "only_sleep=True would lose what the base learned: its weights are no longer those it was loaded with. "
                 "Save everything"
             )
-        if not self.fast_weights:
+        if not any(name.startswith(NEW_WEIGHTS) for name, _ in self.named_parameters()):
             raise ValueError(
                 "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
             )
@@ -134,6 +135,7 @@ class CheckpointMixin(SleepPreTrainedModel):
         if getattr(self.generation_config, "sleep_passes", None) is not None:
             # Loading a generation config that was made of a model's config drops what transformers does not know.
             self.generation_config._from_model_config = False
+            self.generation_config.sleep_passes = policy_fields(pass_policy(self.generation_config.sleep_passes))
         # trust_remote_code marks the class, and then saving would copy its file. The code stays in the package.
         self.config._auto_class = None
         self.config.auto_map, self.config.only_sleep = dict(AUTO_MAP), only_sleep

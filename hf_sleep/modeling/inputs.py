@@ -140,6 +140,8 @@ def memory_in(cache: SleepCache | None, model: Any) -> Memory:
             "cache was written by another model, whose fast weights mean nothing to this one: start with an empty "
             "SleepCache"
         )
+    if not cache.is_empty:
+        cache.check_settings(model)
     return cache.memory
 
 

@@ -68,15 +68,23 @@ class SleepPreTrainedModel(PreTrainedModel):
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FastWeightBlock):
-            with torch.no_grad():
+        if not isinstance(module, FastWeightBlock | Between):
+            return
+        # transformers asks for first values where any of a module's are missing. What was loaded stays, however the
+        # module sets its own.
+        tensors = (*module.parameters(), *module.buffers())
+        loaded = [(t, t.clone()) for t in tensors if getattr(t, "_is_hf_initialized", False)]
+        with torch.no_grad():
+            if isinstance(module, FastWeightBlock):
                 module.init_weights(getattr(self.config.text_config, "initializer_range", 0.02))
-        elif isinstance(module, Between):
-            module.init_weights()
+            else:
+                module.init_weights()
+            for t, value in loaded:
+                t.copy_(value)
 
 
 def draw_blocks(model: Any, base: PreTrainedModel) -> None:
-    """Give a model's new weights, which are on the meta device, the values that follow from its base.
+    """Give a model's new weights, which are on the CPU, the values that follow from its base.
 
     The same base gets the same ones, in every process and on any device, or no memory of a fresh retrofit could be
     kept. They are drawn in float64, since how float32 is drawn depends on the processor.
@@ -87,11 +95,12 @@ def draw_blocks(model: Any, base: PreTrainedModel) -> None:
     for name, module, beside in [*drawn, ("between", model.between, layers[last])]:
         seed = hashlib.sha256(f"{model.config.base_fingerprint}/{name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8]))
-        module.to_empty(device="cpu").double()
+        module.double()
         module.init_weights(*([generator] if module is model.between else [std, generator]))
         fp32 = getattr(module, "fp32_parameters", ())
-        for key, parameter in module.named_parameters():
-            parameter.data = parameter.data.float().to(high if key.rpartition(".")[2] in fp32 else base.dtype)
+        for key, t in (*module.named_parameters(), *module.named_buffers()):
+            if t.is_floating_point():
+                t.data = t.data.float().to(high if key.rpartition(".")[2] in fp32 else base.dtype)
         module.to(compute_device(beside))
         for part in module.modules():
             part._is_hf_initialized = True

@@ -7,7 +7,9 @@ from ..modeling import SleepForCausalLM
 
 
 def fast_weight_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that write and read fast weights: injected blocks, and a hybrid's own linear mixers.
+    """Names of the parameters that write and read fast weights.
+
+    They are those of injected blocks, of what lies between passes, and of a hybrid's own linear mixers.
 
     Args:
         model: a `SleepForCausalLM`, or what wraps one.
@@ -18,7 +20,7 @@ def fast_weight_names(model: nn.Module) -> set[str]:
     return {
         name
         for name, parameter in model.named_parameters()
-        if "fast_weights" in name.split(".") or id(parameter) in own
+        if not {"fast_weights", "between"}.isdisjoint(name.split(".")) or id(parameter) in own
     }
 
 
