@@ -125,8 +125,10 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             probed=probed,
         )
         config._attn_implementation, config._experts_implementation = attention, experts
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        with torch.device("cpu"):
             model = cls(config, lm=base)
+        torch.set_rng_state(state)  # what the new modules drew is drawn again below
         draw_blocks(model, base)
         for module in base.modules():
             # The base's own checkpointing drops its cache in training: the wrapper's takes over.
