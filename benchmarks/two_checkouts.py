@@ -3,8 +3,9 @@
     python benchmarks/two_checkouts.py ../before . --model FOLDER
 
 Each checkout works in a process of its own, with one thread; the two take turns, so that a drift of the machine's speed
-hits both. Printed is the second's time over the first's: the median over turns of the ratio of neighbours, with the
-quartiles. The same checkout twice shows what the machine can tell apart.
+hits both. Two processes of one checkout differ by several percent, so there are several pairs of them. Printed is the
+second's time over the first's: of each pair the median over turns, of these the median, and the smallest and largest.
+The same checkout twice shows what the machine can tell apart.
 """
 
 import argparse
@@ -88,26 +89,32 @@ def main() -> None:
     parser.add_argument("checkouts", nargs="*", type=Path, help="before, and after")
     parser.add_argument("--model", default="", help="id or folder of a base; with --small none is needed")
     parser.add_argument("--small", action="store_true", help="a random model of 8 layers, on which overhead shows")
-    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=10, help="of a pair of processes")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of processes")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.model, arguments.small)
         return
-    before, after = (start(checkout, arguments) for checkout in arguments.checkouts)
-    for what, (name, repetitions) in WORK.items():
-        ratios, seconds = [], []
-        for turn in range(arguments.turns + 2):
-            order = [before, after]
-            random.Random(turn).shuffle(order)
-            took = {process: ask(process, name, repetitions) for process in order}
-            if turn >= 2:  # the first ones warm up
-                ratios.append(took[after] / took[before])
-                seconds.append(took[before])
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{what}: {middle:.3f} ({low:.3f} to {high:.3f}; before {statistics.median(seconds) * 1e3:.1f} ms)")
-    for process in (before, after):
-        process.terminate()
+    ratios: dict[str, list[float]] = {what: [] for what in WORK}
+    seconds: dict[str, list[float]] = {what: [] for what in WORK}
+    for round in range(arguments.rounds):
+        before, after = (start(checkout, arguments) for checkout in arguments.checkouts)
+        for what, (name, repetitions) in WORK.items():
+            pairs = []
+            for turn in range(arguments.turns + 2):
+                order = [before, after]
+                random.Random(f"{round}/{turn}").shuffle(order)
+                took = {process: ask(process, name, repetitions) for process in order}
+                pairs.append((took[after], took[before]))
+            # The first two warm up. A round counts once: its turns share what its two processes happened to get.
+            ratios[what].append(statistics.median(new / old for new, old in pairs[2:]))
+            seconds[what].append(statistics.median(old for _, old in pairs[2:]))
+        for process in (before, after):
+            process.terminate()
+    for what, of in ratios.items():
+        spread = f"{min(of):.3f} to {max(of):.3f} over {len(of)} pairs of processes"
+        print(f"{what}: {statistics.median(of):.3f} ({spread}; before {statistics.median(seconds[what]) * 1e3:.1f} ms)")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class SleepCache(Cache):
         super().__init__(layers=[])
         self.memory = Memory()
         self._owner: weakref.ref | None = None
-        self._read_with: dict[str, Any] = {}
+        self._read_with: Any = None
 
     @property
     def is_empty(self) -> bool:
@@ -31,7 +31,7 @@ class SleepCache(Cache):
 
     def hold(self, owner: Any, memory: Memory) -> None:
         """Take what `owner` has read."""
-        self.memory, self._owner, self._read_with = memory, weakref.ref(owner), _places(owner)
+        self.memory, self._owner, self._read_with = memory, weakref.ref(owner), owner.config.sleep
 
     def belongs_to(self, model: Any) -> bool:
         """Tell whether `model` wrote this cache."""
@@ -43,13 +43,16 @@ class SleepCache(Cache):
         Raises:
             ValueError: other looped layers or sink tokens than what was read, or a window that is full already.
         """
-        for name, now in _places(model).items():
-            if (before := self._read_with.get(name, now)) != now:
+        before, now = self._read_with, model.config.sleep
+        if now is before:
+            return
+        for name in ("loop_layers", "num_sink_tokens"):
+            if getattr(before, name) != getattr(now, name):
                 raise ValueError(
-                    f"the cache was read with {name}={before!r}, the model has {name}={now!r} now: set it to that, or "
-                    "start with an empty SleepCache"
+                    f"the cache was read with {name}={getattr(before, name)!r}, the model has "
+                    f"{name}={getattr(now, name)!r} now: set it to that, or start with an empty SleepCache"
                 )
-        size, fill = model.config.sleep.window_size, max((row.fill for row in self.memory.counters), default=0)
+        size, fill = now.window_size, max((row.fill for row in self.memory.counters), default=0)
         if fill > size:
             raise ValueError(
                 f"the cache holds a window of {fill} tokens, the model has window_size={size} now: set it to {fill} or "
@@ -171,9 +174,3 @@ class SleepCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of everything held: KV, fast weights, and what the next sleep starts from."""
         return self.memory.num_bytes()
-
-
-def _places(model: Any) -> dict[str, Any]:
-    """The settings that say what stands where in a memory."""
-    sleep = model.config.sleep
-    return {"loop_layers": sleep.loop_layers, "num_sink_tokens": sleep.num_sink_tokens}
