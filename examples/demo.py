@@ -236,7 +236,7 @@ def main() -> None:
     table.add_column("sleeping model", justify="right")
     table.add_column("base, full cache", justify="right")
     table.add_row("tokens read", f"{memory.columns:,} ({memory.columns / seconds:,.0f}/s)", "")
-    table.add_row("sleeps", f"{memory.memory.counters[0].sleeps}", "")
+    table.add_row("sleeps", f"{memory.rows[0].sleeps}", "")
     table.add_row("KV cache", f"{held[0] / 1e6:.1f} MB", f"{would_hold / 1e6:.1f} MB")
     table.add_row("fast weights", f"{held[1] / 1e6:.1f} MB", "")
     table.add_row(f"ms per token after {short.shape[1] - 1}", f"{ms_before:.1f}", "")
