@@ -3,6 +3,7 @@
 Nothing here is ever written in place. To read or to sleep is to make a new `Memory` of an old one.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -129,8 +130,8 @@ class Memory:
         """Pick rows, in the given order, repeats allowed; of all rows as they are it is `self`, without a copy."""
         if list(rows) == list(range(len(self.counters))):
             return self
-        index = torch.tensor(rows, dtype=torch.long)
-        part = self.map(lambda t: t.index_select(0, index.to(t.device)))
+        index = _on_device(rows)
+        part = self.map(lambda t: t.index_select(0, index(t.device)))
         return replace(part, counters=tuple(self.counters[b] for b in rows))
 
     def merge(self, rows: Sequence[int], part: "Memory") -> "Memory":
@@ -138,14 +139,14 @@ class Memory:
         batch = len(self.counters)
         if list(rows) == list(range(batch)):
             return part
-        index = torch.tensor(rows, dtype=torch.long)
+        index = _on_device(rows)
 
         def place(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
             if new is None:
                 return old
             old = new.new_zeros(batch, *new.shape[1:]) if old is None else old
             old, new = _same_width(old, new)
-            return old.index_copy(0, index.to(new.device), new)
+            return old.index_copy(0, index(new.device), new)
 
         def pair(old: Any, new: Any) -> Any:
             if new is None:
@@ -212,6 +213,11 @@ class Memory:
         """Bytes of all tensors."""
         pairs = (*self.carried, *self.window_start.values(), (self.loop_output, self.loop_input))
         return sum(t.numel() * t.element_size() for pair in pairs if pair is not None for t in pair if t is not None)
+
+
+def _on_device(rows: Sequence[int]) -> Callable[[torch.device], torch.Tensor]:
+    """The rows as an index `[len(rows)]`, which goes to each device once."""
+    return functools.cache(torch.tensor(rows, dtype=torch.long).to)
 
 
 def _same_width(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

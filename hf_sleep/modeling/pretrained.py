@@ -18,7 +18,6 @@ class SleepPreTrainedModel(PreTrainedModel):
     """Base class of a sleeping model and of its new weights alone: how they are built, loaded and initialised."""
 
     config_class = SleepLMConfig
-    fp32_parameters: tuple[str, ...] = ()
     _keep_in_fp32_modules_strict: Any = None
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -48,9 +47,8 @@ class SleepPreTrainedModel(PreTrainedModel):
             of_base: last parts of the base's names.
         """
         blocks: Any = self.fast_weights
-        names = {name for block in blocks.values() for name in block.fp32_parameters}
-        self.fp32_parameters = tuple(sorted(names.union(of_base)))
-        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *self.fp32_parameters}
+        of_blocks = {name for block in blocks.values() for name in block.fp32_parameters}
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *of_blocks, *of_base}
 
     def make_between(self) -> Between:
         """Make the step between two passes that the config names."""
@@ -97,7 +95,7 @@ def draw_blocks(model: Any, base: PreTrainedModel) -> None:
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8]))
         module.double()
         module.init_weights(*([generator] if module is model.between else [std, generator]))
-        fp32 = getattr(module, "fp32_parameters", ())
+        fp32 = module.fp32_parameters if isinstance(module, FastWeightBlock) else ()
         for key, t in (*module.named_parameters(), *module.named_buffers()):
             if t.is_floating_point():
                 t.data = t.data.float().to(high if key.rpartition(".")[2] in fp32 else base.dtype)

@@ -13,9 +13,19 @@ def misfit(name: str, x: Tensor, what_works: str) -> ValueError:
 
 
 def check_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, lengths: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    decays_channels: bool = False,
 ) -> None:
-    """Raise `ValueError` unless the inputs of a gated delta rule fit each other; shapes as it documents them."""
+    """Raise `ValueError` unless the inputs of a gated delta rule fit each other; shapes as it documents them.
+
+    With `decays_channels`, g is `[B, T, H, K]`, a decay for every channel of the keys, and not `[B, T, H]`.
+    """
     if q.dim() != 4 or q.shape[1] < 1:
         raise misfit("q", q, "[B, T, H, K] with at least one token")
     batch, tokens, heads, key_dim = q.shape
@@ -23,7 +33,9 @@ def check_delta_rule(
         raise misfit("k", k, f"[B, T, H, K] like q, {list(q.shape)}")
     if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise misfit("v", v, f"[B, T, H, V] with [B, T, H] = {[batch, tokens, heads]}")
-    if g.shape != q.shape[:3]:
+    if decays_channels and g.shape != q.shape:
+        raise misfit("g", g, f"[B, T, H, K] like q, {list(q.shape)}")
+    if not decays_channels and g.shape != q.shape[:3]:
         raise misfit("g", g, f"[B, T, H] = {[batch, tokens, heads]}")
     if beta.shape != q.shape[:3]:
         raise misfit("beta", beta, f"[B, T, H] = {[batch, tokens, heads]}")

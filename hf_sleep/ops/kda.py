@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lengths, compute_dtype, in_chunks, misfit, no_autocast, pad_mask, zero_pads
+from .checks import check_delta_rule, compute_dtype, in_chunks, misfit, no_autocast, pad_mask, zero_pads
 from .chunked import NORM_EPS
 
 _CHUNK = 64
@@ -63,7 +63,7 @@ def naive_kda(
 
     Source: Kimi Team 2025, Kimi Linear (arXiv 2510.26692), Eq. 1.
     """
-    _check(q, k, v, g, beta, initial_state, lengths)
+    check_delta_rule(q, k, v, g, beta, initial_state, lengths, decays_channels=True)
     out_dtype = v.dtype
     with no_autocast(q.device):
         q, k, v, g, beta, state = _prepared(q, k, v, g, beta, initial_state, lengths)
@@ -90,7 +90,7 @@ def step_kda(
     Raises:
         ValueError: a shape does not fit the others, or T is not 1.
     """
-    _check(q, k, v, g, beta, initial_state, lengths)
+    check_delta_rule(q, k, v, g, beta, initial_state, lengths, decays_channels=True)
     if q.shape[1] != 1:
         raise misfit("q", q, "[B, 1, H, K], because step_kda reads one token")
     out_dtype = v.dtype
@@ -122,7 +122,7 @@ def chunk_kda(
 
     Source: Kimi Team 2025, Kimi Linear (arXiv 2510.26692), §3.1; how decays are kept from overflowing is our own.
     """
-    _check(q, k, v, g, beta, initial_state, lengths)
+    check_delta_rule(q, k, v, g, beta, initial_state, lengths, decays_channels=True)
     tokens, key_dim, value_dim, out_dtype = q.shape[1], q.shape[3], v.shape[3], v.dtype
     size = min(_CHUNK, 1 << (tokens - 1).bit_length())
     with no_autocast(q.device):
@@ -197,22 +197,3 @@ def _prepared(
     q, k, v, g, beta = (zero_pads(z, pad).to(dtype) for z in (q, k, v, g, beta))
     q, k = (z * (z.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for z in (q, k))
     return q * q.shape[-1] ** -0.5, k, v, g, beta, initial_state.to(dtype)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, lengths: Tensor | None
-) -> None:
-    if q.dim() != 4 or q.shape[1] < 1:
-        raise misfit("q", q, "[B, T, H, K] with at least one token")
-    batch, tokens, heads, key_dim = q.shape
-    for name, z in (("k", k), ("g", g)):
-        if z.shape != q.shape:
-            raise misfit(name, z, f"[B, T, H, K] like q, {list(q.shape)}")
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise misfit("v", v, f"[B, T, H, V] with [B, T, H] = {[batch, tokens, heads]}")
-    if beta.shape != q.shape[:3]:
-        raise misfit("beta", beta, f"[B, T, H] = {[batch, tokens, heads]}")
-    state_shape = (batch, heads, key_dim, v.shape[3])
-    if initial_state is not None and initial_state.shape != state_shape:
-        raise misfit("initial_state", initial_state, f"[B, H, K, V] = {list(state_shape)}")
-    check_lengths(lengths, batch)
