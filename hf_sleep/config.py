@@ -26,6 +26,10 @@ def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+BEFORE = {"between": "none"}
+"""What a config means that was written before a field came whose default is another."""
+
+
 @dataclass(frozen=True)
 class SleepConfig:
     """Settings of a model's sleep, and of the fast-weight blocks that it is given to sleep with.
@@ -62,8 +66,15 @@ class SleepConfig:
         "Range (a, b) of the decoder layers that all passes run, from a to b - 1. By default all of them, or the "
         "range that the base's family names.",
     )
-    between: str = _setting(
-        "none", "Step between two passes. none: a pass reads what the last one wrote, as in the paper."
+    between: str | None = _setting(
+        None,
+        "Step between two passes. none: a pass reads what the last one wrote, as in the paper. gate: it reads e + g (z "
+        "- e), of what pass 1 read, e, and what the last pass wrote, z, with a trained g per channel, at first 0. By "
+        "default what the base's family names: none where it was pre-trained with loops or is the paper's, else gate.",
+    )
+    decay_once: bool = _setting(
+        False,
+        "Let passes 2 to N of a window write without decay, so that more passes do not forget earlier windows faster.",
     )
     block_kind: str = _setting("jet", "Kind of the injected blocks: gated_delta_net or jet.")
     num_blocks: int | None = _setting(
@@ -95,8 +106,12 @@ class SleepConfig:
                 row = require_int_tuple(f"SleepConfig.{name}", getattr(self, name))
                 object.__setattr__(self, name, row)  # a frozen dataclass has no other way
         for name, registry in REGISTRIES.items():
+            if (name, getattr(self, name)) == ("between", None):
+                continue
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in registry:
                 raise self._wrong(name, registry.what_works())
+        if not isinstance(self.decay_once, bool):
+            raise self._wrong("decay_once", "it must be True or False")
         if self.num_sink_tokens >= self.window_size:
             raise self._wrong("num_sink_tokens", f"it must be less than window_size={self.window_size}")
         expand_v = self.block_expand_v
@@ -169,6 +184,7 @@ class SleepConfig:
         return dataclasses.replace(
             self,
             loop_layers=loop_layers,
+            between=self.between or adapter.default_between,
             block_layers=block_layers,
             num_blocks=len(block_layers),
             block_head_dim=head_dim,
@@ -258,6 +274,8 @@ class SleepConfig:
         for name, registry in REGISTRIES.items():
             if name in modules and values[name] not in registry:
                 raise reject(f"SleepConfig.{name}", values[name], registry.what_works(modules[name]))
+        if "version" in values:
+            values = BEFORE | values
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             written_by = values.get("version", "unknown")

@@ -43,6 +43,7 @@ class Sleeper:
         order: every layer in running order, and which of them loop.
         eviction: which KV outlives a sleep.
         between: what happens between two passes.
+        decay_once: passes 2 to N over a window do not decay what earlier windows wrote.
         watchers: who is told of passes and sleeps.
         is_checkpointing: compute each (window, pass) again in the backward instead of keeping its activations.
     """
@@ -52,6 +53,7 @@ class Sleeper:
     eviction: Eviction
     between: Between
     watchers: Watchers
+    decay_once: bool = False
     is_checkpointing: bool = False
 
     def empty(self, batch_size: int, dtype: torch.dtype) -> Memory:
@@ -149,7 +151,8 @@ class Sleeper:
         """Write the fast weights: passes 2 to N over the current window of every row.
 
         In the loop every pass continues the fast weights of the pass before, and all else starts over: the convolution
-        from where it was when the window began, the KV from what the last eviction retained. The slots after the loop
+        from where it was when the window began, the KV from what the last eviction retained. With `decay_once` they
+        only write, as an epoch more of the same rule over the same tokens would. The slots after the loop
         start over whole, fast weights too, and read the window once, on the last pass's output.
 
         Returns:
@@ -161,12 +164,13 @@ class Sleeper:
             return memory, number
         x, loop_input = memory.current_window()
         window = Window.again(self.decoder, self.eviction, x, memory.counters)
+        again = replace(window, decays=not self.decay_once)
         start = order.at_start(memory)
         asked = policy.begin()
         previous, written = None, self._shown(carried, asked)
         while policy.continues(asked, number, previous, written):
             x = self.between(x, loop_input)
-            x, carried = self._run(order.loop, x, order.rewound(order.loop, carried, start), window)
+            x, carried = self._run(order.loop, x, order.rewound(order.loop, carried, start), again)
             number += 1
             self.watchers.tell_pass(number, order.looped(carried))
             previous, written = written, self._shown(carried, asked)

@@ -196,7 +196,7 @@ def sleep_config(family: str, **fields) -> SleepConfig:
     A hybrid is slept with its own linear layers, plus one injected block, so that the two kinds of memory meet.
     """
     layers = (1,) if family in HYBRIDS or family in RELATIVES else (0, 2)
-    defaults = {"window_size": 6, "block_layers": layers, "block_num_heads": 2, "block_head_dim": 8}
+    defaults = {"window_size": 6, "between": "none", "block_layers": layers, "block_num_heads": 2, "block_head_dim": 8}
     return SleepConfig(**(defaults | fields))
 
 
@@ -245,6 +245,7 @@ def make_model(
     model = SleepForCausalLM.from_base(make_base(family, dtype, seed), sleep)
     if trained:
         randomize(model.fast_weights, seed + 1)
+        randomize(model.between, seed + 2)
     return model.to(dtype).eval()
 
 
@@ -265,7 +266,8 @@ def make_stand_in(family: str, sleep: SleepConfig, dtype: torch.dtype = torch.fl
         block.init_weights(0.02)
         blocks[str(layer)] = block
     randomize(blocks, seed + 1)
-    return SimpleNamespace(lm=base, fast_weights=blocks.to(dtype).eval(), config=SimpleNamespace(sleep=sleep))
+    blocks, settings = blocks.to(dtype).eval(), SimpleNamespace(sleep=sleep)
+    return SimpleNamespace(lm=base, fast_weights=blocks, between=None, config=settings)
 
 
 def tokens(length: int, seed: int = 1) -> torch.Tensor:

@@ -21,8 +21,9 @@ LOOPS = {"all": (0, 4), "1-3": (1, 3), "0-2": (0, 2)}
 
 
 def sleeper(case: str, dtype: torch.dtype = torch.double, **fields) -> SleepForCausalLM:
-    """The trained model of a case `family/eviction/N/loop`."""
-    family, eviction, passes, loop = case.split("/")
+    """The trained model of a case `family/eviction/N/loop`, or `family/eviction/N/loop/options`."""
+    family, eviction, passes, loop, *rest = case.split("/")
+    options = "+".join(rest).split("+")
     style, sinks = EVICTIONS[eviction]
     kind = "gated_delta_net" if passes in ("N2", "N4") else "jet"
     defaults = {
@@ -32,6 +33,8 @@ def sleeper(case: str, dtype: torch.dtype = torch.double, **fields) -> SleepForC
         "sleep_passes": int(passes[1:]),
         "loop_layers": LOOPS[loop],
         "block_kind": kind,
+        "between": "gate" if "gate" in options else "none",
+        "decay_once": "once" in options,
     }
     return make_model(family, sleep_config(family, **(defaults | fields)), dtype)
 

@@ -6,6 +6,7 @@ of hf_sleep: the recurrence, the convolution, the masks, the positions and the e
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1; what it leaves open is decided as in docs/how-it-works.md.
 """
 
+import functools
 import sys
 from types import MappingProxyType, SimpleNamespace
 from unittest import mock
@@ -36,7 +37,7 @@ def convolve(x, taps, tail):
     return y, padded[-width:].T
 
 
-def run_mixer(m, x, S, tail):
+def run_mixer(m, x, S, tail, decays=True):
     """A Jet or Gated DeltaNet mixer on x `[T, C]`."""
     q, k, v = m.q_proj(x), m.k_proj(x), m.v_proj(x)
     if hasattr(m, "dynamic_conv1d"):
@@ -46,27 +47,27 @@ def run_mixer(m, x, S, tail):
         qkv, tail = convolve(torch.cat((q, k, v), -1), m.conv_weight.expand(len(x), -1, -1), tail)
         q, k, v = qkv.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
     q, k, v = (F.silu(z).unflatten(-1, (m.num_heads, -1)) for z in (q, k, v))
-    g = -m.A_log.exp() * F.softplus(m.a_proj(x) + m.dt_bias)
+    g = -m.A_log.exp() * F.softplus(m.a_proj(x) + m.dt_bias) * decays
     o, S = delta_rule(q, k, v, g, m.b_proj(x).sigmoid(), S)
     o = o / (o.square().mean(-1, keepdim=True) + m.o_norm.eps).sqrt() * m.o_norm.weight
     o = o * F.silu(m.g_proj(x)).view_as(o)
     return m.o_proj(o.flatten(-2)), (S, tail)
 
 
-def run_block(block, h, S, tail):
+def run_block(block, h, S, tail, decays):
     """One injected fast-weight block on h `[T, C]`."""
-    mixed, state = MIXERS.get(type(block.mixer).__name__, run_mixer)(block.mixer, block.norm(h), S, tail)
+    mixed, state = MIXERS.get(type(block.mixer).__name__, run_mixer)(block.mixer, block.norm(h), S, tail, decays)
     return h + mixed, state
 
 
-def run_jet_layer(layer, h, S, tail):
+def run_jet_layer(layer, h, S, tail, decays):
     """One of Jet-Nemotron's own Jet layers on h `[T, C]`."""
-    mixed, state = run_mixer(layer.self_attn, layer.input_layernorm(h), S, tail)
+    mixed, state = run_mixer(layer.self_attn, layer.input_layernorm(h), S, tail, decays)
     h = h + mixed
     return h + layer.mlp(layer.post_attention_layernorm(h)), state
 
 
-def run_mamba2_layer(layer, h, S, tail):
+def run_mamba2_layer(layer, h, S, tail, decays):
     """One of Granite 4's or Bamba's own Mamba2 layers on h `[T, C]`; S `[H, N, P]` is Mamba's `[H, P, N]` turned."""
     m, outputs = layer.mamba, []
     z, u, dt = m.in_proj(layer.input_layernorm(h)).split((m.intermediate_size, m.conv_dim, m.num_heads), -1)
@@ -77,7 +78,7 @@ def run_mamba2_layer(layer, h, S, tail):
     x, B, C = (v.unflatten(-1, (heads, -1)) for v, heads in ((x, m.num_heads), (B, m.n_groups), (C, m.n_groups)))
     dt = F.softplus(dt + m.dt_bias).clamp(*m.time_step_limit)
     for t in range(len(h)):
-        S = S * (-dt[t] * m.A_log.exp()).exp()[:, None, None]
+        S = S * (-dt[t] * m.A_log.exp() * decays).exp()[:, None, None]
         S = S + torch.einsum("h,hn,hp->hnp", dt[t], B[t, group], x[t])
         outputs.append(torch.einsum("hnp,hn->hp", S, C[t, group]) + m.D[:, None] * x[t])
     y = torch.stack(outputs).flatten(1) * F.silu(z)
@@ -95,7 +96,7 @@ def run_mamba2_layer(layer, h, S, tail):
     return h + out * scale, (S, tail)
 
 
-def run_kda_layer(layer, h, S, tail):
+def run_kda_layer(layer, h, S, tail, decays):
     """One of Kimi Linear's own layers of Kimi Delta Attention on h `[T, C]`."""
     m, x, outputs = layer.self_attn, layer.input_layernorm(h), []
     qkv = torch.cat((m.q_proj(x), m.k_proj(x), m.v_proj(x)), -1)
@@ -104,7 +105,7 @@ def run_kda_layer(layer, h, S, tail):
     q, k = (z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
     f = m.forget_gate
     step = F.softplus(f.f_b_proj(f.f_a_proj(x)) + f.dt_bias).view_as(q)
-    g, beta = -f.A_log.exp().view(-1, 1) * step, m.b_proj(x).sigmoid()
+    g, beta = -f.A_log.exp().view(-1, 1) * step * decays, m.b_proj(x).sigmoid()
     for t in range(len(h)):
         S = S * g[t].exp()[:, :, None]
         u = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
@@ -139,15 +140,18 @@ def own_shapes(layer):
     return (m.num_heads, m.head_dim, m.head_v_dim), (m.conv_dim, m.conv_size)
 
 
-def stock_delta_rule(query, key, value, g, beta, initial_state, **_):
+def stock_delta_rule(query, key, value, g, beta, initial_state, decays=True, **_):
     """`delta_rule` in the place of the one that the base's own linear layers call, for a single row."""
     groups = value.shape[2] // key.shape[2]
     q, k = (z[0].repeat_interleave(groups, dim=1) for z in (query, key))
-    o, S = delta_rule(q, k, value[0], g[0], beta[0], initial_state[0])
+    o, S = delta_rule(q, k, value[0], g[0] * decays, beta[0], initial_state[0])
     return o[None].to(value.dtype), S[None]
 
 
-NAIVE = {"torch_chunk_gated_delta_rule": stock_delta_rule, "torch_recurrent_gated_delta_rule": stock_delta_rule}
+def naive(decays):
+    """What stands in for the functions of a stock module with linear layers."""
+    rule = functools.partial(stock_delta_rule, decays=decays)
+    return {"torch_chunk_gated_delta_rule": rule, "torch_recurrent_gated_delta_rule": rule}
 
 
 INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium")
@@ -156,8 +160,8 @@ INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium")
 
 # What a sleep keeps of the KV besides the sinks, and how far attention reaches, in tokens, for a window of L.
 EVICTIONS = {"hard": lambda L: (0, None), "sliding": lambda L: (L - 1, L)}
-# What the next pass reads, of what the last one wrote and pass 1 read.
-BETWEEN = {"none": lambda z, e: z}
+# What the next pass reads, of the step's parameters, what the last pass wrote and pass 1 read.
+BETWEEN = {"none": lambda step, z, e: z, "gate": lambda step, z, e: (1 - step.gate) * e + step.gate * z}
 # Of blocks that are no gated delta rule: how to run the mixer, and the shapes of its S and of its tail.
 MIXERS = {}
 
@@ -202,7 +206,7 @@ class Row:
 
     def __init__(self, model):
         self.model, self.decoder, self.config = model.lm, model.lm.model, model.lm.config
-        self.blocks, self.sleep = model.fast_weights, model.config.sleep
+        self.blocks, self.between, self.sleep = model.fast_weights, model.between, model.config.sleep
         self.types = getattr(self.config, "layer_types", None) or ["full_attention"] * self.config.num_hidden_layers
         self.memory = {}  # "blocks.i" or "layers.i" -> (S, tail)
         self.kv = {}  # i -> retained (k, v) [1, H, J, D]
@@ -236,7 +240,7 @@ class Row:
         logits = logits * getattr(self.config, "logit_scale", 1) / getattr(self.config, "logits_scaling", 1)
         if passes > 1:
             for _ in range(passes - 1):
-                h = self.run(range(a, b), BETWEEN[self.sleep.between](h, e))
+                h = self.run(range(a, b), BETWEEN[self.sleep.between](self.between, h, e), not self.sleep.decay_once)
             for i in range(b, depth):
                 self.memory.update({key: self.start[key] for key in self.start if key.endswith(f".{i}")})
             self.run(range(b, depth), h)
@@ -246,16 +250,16 @@ class Row:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def run(self, layers, h):
+    def run(self, layers, h, decays=True):
         """One pass of some layers over the window: S continues from `memory`, conv tails from the window's `start`."""
         for i in layers:
             layer, key = self.decoder.layers[i], f"layers.{i}"
             if key in self.memory and self.run_own is not None:
-                x, self.memory[key] = self.run_own(layer, h[0], self.memory[key][0], self.start[key][1])
+                x, self.memory[key] = self.run_own(layer, h[0], self.memory[key][0], self.start[key][1], decays)
                 h = x[None]
             elif key in self.memory:
                 cache = LayerCache(S=self.memory[key][0], tail=self.start[key][1])
-                with mock.patch.multiple(sys.modules[type(layer).__module__], **NAIVE):
+                with mock.patch.multiple(sys.modules[type(layer).__module__], **naive(decays)):
                     h = layer(h, attention_mask=None, position_embeddings=None, **{CACHE: cache})
                 self.memory[key] = (cache.S, cache.tail)
             else:
@@ -266,7 +270,7 @@ class Row:
             if str(i) in self.blocks:
                 key = f"blocks.{i}"
                 S, tail = self.memory[key][0], self.start[key][1]
-                x, self.memory[key] = run_block(self.blocks[str(i)], h[0], S, tail)
+                x, self.memory[key] = run_block(self.blocks[str(i)], h[0], S, tail, decays)
                 h = x[None]
         ends_the_pass = layers and layers.stop == len(self.decoder.layers)
         return self.norm(h) if self.norm_every_pass and ends_the_pass else h

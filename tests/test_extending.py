@@ -56,7 +56,7 @@ def modules():
     before = [dict(registry._classes) for registry in REGISTRIES]
     found = {file.stem: imported(file) for file in FILES}
     reference.EVICTIONS["recent"] = lambda window: (3, None)
-    reference.BETWEEN["mean"] = lambda z, e: (z + e) / 2
+    reference.BETWEEN["mean"] = lambda step, z, e: (z + e) / 2
     reference.MIXERS["LinearAttention"] = linear_attention
     yield found
     for registry, classes in zip(REGISTRIES, before, strict=True):
@@ -70,7 +70,7 @@ def exact():
         yield
 
 
-def linear_attention(m, x, S, tail):
+def linear_attention(m, x, S, tail, decays):
     """Token by token on x `[T, C]`: what the block of the examples does at once."""
     outputs = []
     for token in m.qkv_proj(x):

@@ -65,7 +65,7 @@ class Bare(FastWeightMixer):
         state = torch.zeros(batch_size, 1, 1, 1, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return FastWeights(state, state.new_zeros(batch_size, 1, 1, dtype=dtype))
 
-    def forward(self, x, fast_weights, lengths=None):
+    def forward(self, x, fast_weights, lengths=None, decays=True):
         real = torch.ones(x.shape[:2], device=x.device)
         if lengths is not None:
             real = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).to(x.dtype)

@@ -39,9 +39,11 @@ LOOPED = [
         ("llama", "gemma3", "qwen3_next", "jet_nemotron", "ouro"), ("hard", "sliding+sink"), (1, 2, 3), ("1-3", "0-2")
     )
 ]
-# Every family with every eviction, every N and every loop range at least once, for laws in which they do not interact.
+# Every family with every eviction, every N, every loop range and every option at least once, for laws in which they do
+# not interact.
+OPTIONS = ("", "/gate", "/once", "/gate+once")
 SPREAD = [
-    f"{f}/{e}/N{1 + (i + j + 1) % 4}/{('all', '1-3', '0-2')[(i + j) % 3]}"
+    f"{f}/{e}/N{1 + (i + j + 1) % 4}/{('all', '1-3', '0-2')[(i + j) % 3]}{OPTIONS[(i // 4 + j) % 4]}"
     for (i, f), (j, e) in itertools.product(enumerate(FAMILIES), enumerate(EVICTIONS))
 ]
 

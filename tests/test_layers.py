@@ -32,7 +32,7 @@ class Mine(FastWeightMixer):
         recurrent_state = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return FastWeights(recurrent_state, torch.zeros(batch_size, 0, self.conv_size, device=device, dtype=dtype))
 
-    def forward(self, x, fast_weights, lengths=None):
+    def forward(self, x, fast_weights, lengths=None, decays=True):
         state, conv_state = fast_weights
         made = self.make(x).unflatten(-1, (self.num_heads, -1)).to(state.dtype)
         q, k, v = made.split((self.head_dim, self.head_dim, self.head_v_dim), -1)

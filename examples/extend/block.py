@@ -18,7 +18,7 @@ class LinearAttention(FastWeightMixer):
         S = torch.zeros(batch_size, self.num_heads, *self.widths[1:], device=device)
         return FastWeights(S.to(torch.promote_types(dtype, torch.float32)), S.new_zeros(batch_size, 1, 1, dtype=dtype))
 
-    def forward(self, x, fast_weights, lengths=None):
+    def forward(self, x, fast_weights, lengths=None, decays=True):
         q, k, v = self.qkv_proj(x).unflatten(-1, (self.num_heads, -1)).split(self.widths, dim=-1)
         if lengths is not None:  # a pad writes nothing
             k = k * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None, None]

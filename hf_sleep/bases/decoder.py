@@ -47,6 +47,9 @@ class Decoder:
     norm_every_pass = False
     """True where the base's final norm closes every pass over its layers, and not the last alone."""
 
+    default_between = "gate"
+    """What lies between two passes where `SleepConfig.between` leaves it open."""
+
     interleaved_rope = False
     """True where RoPE turns channels 2j and 2j + 1 of a head together, and not j and j plus half of those that turn."""
 
@@ -175,7 +178,7 @@ class Decoder:
         raise self._no_recurrent_layers("empty_fast_weights")
 
     def recurrent_layer(
-        self, index: int, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, index: int, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
         """Run decoder layer `index`, one of the base's own linear-recurrent layers.
 
@@ -183,18 +186,19 @@ class Decoder:
             x: `[B, T, C]`.
             fast_weights: what the layer carried out of the tokens before; left as it is.
             lengths: `[B]` real tokens per row, pads after them; `None` where all T are real.
+            decays: whether what was written before decays.
         """
         layer: Any = self.layers[index]
 
         def run(x: torch.Tensor, carried: FastWeights) -> tuple[torch.Tensor, FastWeights]:
-            mixed, carried = self.mix(layer, layer.input_layernorm(x), carried, lengths)
+            mixed, carried = self.mix(layer, layer.input_layernorm(x), carried, lengths, decays)
             x = x + mixed
             return x + layer.mlp(layer.post_attention_layernorm(x)), FastWeights(*carried)
 
         return as_forward(layer, run, x, fast_weights)
 
     def mix(
-        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
         """The mixer of a linear-recurrent decoder layer, on its normed input `[B, T, C]`."""
         raise self._no_recurrent_layers("mix")

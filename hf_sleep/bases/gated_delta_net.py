@@ -38,7 +38,7 @@ class HybridDecoder(Decoder):
         return self.layers[index].linear_attn
 
     def mix(
-        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
         mixer: Any = layer.linear_attn
         recurrent_state, conv_state = fast_weights
@@ -50,6 +50,7 @@ class HybridDecoder(Decoder):
         q, k = (z.unflatten(-1, (mixer.num_k_heads, -1)).repeat_interleave(groups, dim=2) for z in (q, k))
         with loaded(mixer):
             g = -mixer.A_log.float().exp() * F.softplus(a.float() + mixer.dt_bias)
+            g = g if decays else torch.zeros_like(g)
         o, recurrent_state = gated_delta_rule(
             q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta, recurrent_state, lengths
         )

@@ -42,7 +42,7 @@ class KimiLinearDecoder(Decoder):
         return self.layers[index].self_attn
 
     def mix(
-        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
         mixer: Any = layer.self_attn
         recurrent_state, conv_state = fast_weights
@@ -50,8 +50,9 @@ class KimiLinearDecoder(Decoder):
         with loaded(mixer.conv1d):
             qkv, conv_state = short_convolution(qkv, mixer.conv1d.weight.squeeze(1), conv_state, lengths)
         q, k, v = ACT2FN[mixer.activation](qkv).unflatten(-1, (3, mixer.num_heads, mixer.head_dim)).unbind(-3)
-        decay, beta = self.decay(mixer.forget_gate, x), mixer.b_proj(x).sigmoid()
-        o, recurrent_state = kda(q, k, v, decay, beta, recurrent_state, lengths)
+        g, beta = self.decay(mixer.forget_gate, x), mixer.b_proj(x).sigmoid()
+        g = g if decays else torch.zeros_like(g)
+        o, recurrent_state = kda(q, k, v, g, beta, recurrent_state, lengths)
         gate = mixer.g_b_proj(mixer.g_a_proj(x)).view_as(o)
         return mixer.o_proj(mixer.o_norm(o, gate).flatten(-2)), FastWeights(recurrent_state, conv_state)
 

@@ -33,19 +33,19 @@ class Mamba2Decoder(Decoder):
         return self.layers[index].mamba
 
     def recurrent_layer(
-        self, index: int, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, index: int, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
         layer: Any = self.layers[index]
 
         def run(x: torch.Tensor, carried: FastWeights) -> tuple[torch.Tensor, FastWeights]:
-            mixed, carried = self.mix(layer, layer.input_layernorm(x), carried, lengths)
+            mixed, carried = self.mix(layer, layer.input_layernorm(x), carried, lengths, decays)
             return self.add(layer, x, mixed), carried
 
         x, carried = as_forward(layer, run, x, fast_weights)
         return x, FastWeights(*carried)
 
     def mix(
-        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
         mixer: Any = layer.mamba
         recurrent_state, conv_state = fast_weights
@@ -61,7 +61,7 @@ class Mamba2Decoder(Decoder):
             y, recurrent_state = mamba2(
                 values.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
                 F.softplus(dt.to(high) + mixer.dt_bias).clamp(*mixer.time_step_limit),
-                -mixer.A_log.to(high).exp(),
+                -mixer.A_log.to(high).exp() if decays else torch.zeros_like(mixer.A_log, dtype=high),
                 keys.unflatten(-1, (mixer.n_groups, -1)),
                 queries.unflatten(-1, (mixer.n_groups, -1)),
                 mixer.D,

@@ -1,6 +1,6 @@
 """What the algorithm in `sleep.py` is made of: slots, windows, evictions, pass policies, what lies between passes."""
 
-from .between import Between, Nothing
+from .between import Between, Gate, Nothing
 from .eviction import Eviction, EvictionPlan, Hard, Sliding
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
 from .slots import RunningOrder, Slot, run_slots, running_order
@@ -12,6 +12,7 @@ __all__ = [
     "Eviction",
     "EvictionPlan",
     "FixedPasses",
+    "Gate",
     "Hard",
     "Nothing",
     "PassHook",

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from ..registry import register_between
 
@@ -52,3 +53,27 @@ class Nothing(Between):
 
     def forward(self, z: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
         return z
+
+
+@register_between("gate")
+class Gate(Between):
+    """A gate per channel: the next pass reads `e + gate * (z - e)`, at first just `e`.
+
+    An untrained pass then repeats the one before, whatever N, and none is ever far from what its layers were trained
+    to read. `gate` is `[C]`. It is trained at a rate of its own, without weight decay.
+
+    Source: ours; a gate near the identity as in LoopUS (arXiv 2605.11011).
+    """
+
+    needs_loop_input = True
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size)
+        self.gate = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, z: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
+        assert e is not None  # needs_loop_input
+        return e + self.gate.to(z.device, z.dtype) * (z - e)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        init.zeros_(self.gate)

@@ -145,14 +145,18 @@ class Recurrence(Slot):
     remembers = True
 
     def step(
-        self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None
+        self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
-        """Run the layer over `[B, T, C]`, of which `lengths` `[B]` tokens are real."""
+        """Run the layer over `[B, T, C]`, of which `lengths` `[B]` tokens are real.
+
+        `decays`: whether what was written before decays.
+        """
         raise NotImplementedError
 
     def run(self, x: torch.Tensor, carried: FastWeights, window: Window) -> tuple[torch.Tensor, FastWeights]:
         x = x.to(carried.recurrent_state.device)
-        x, after = self.step(x, carried, None if window.lengths is None else window.lengths.to(x.device))
+        lengths = None if window.lengths is None else window.lengths.to(x.device)
+        x, after = self.step(x, carried, lengths, window.decays)
         old, new = carried.recurrent_state.dtype, after.recurrent_state.dtype
         if new != old:
             raise ValueError(
@@ -187,9 +191,9 @@ class BaseRecurrence(Recurrence):
         return self.decoder.empty_fast_weights(self.index, batch_size, self.device, dtype)
 
     def step(
-        self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None
+        self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
-        return self.decoder.recurrent_layer(self.index, x, carried, lengths)
+        return self.decoder.recurrent_layer(self.index, x, carried, lengths, decays)
 
 
 class Block(Recurrence):
@@ -211,9 +215,9 @@ class Block(Recurrence):
         return self.block.empty(batch_size, self.device, dtype)
 
     def step(
-        self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None
+        self, x: torch.Tensor, carried: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
-        return self.block(x, carried, lengths)
+        return self.block(x, carried, lengths, decays)
 
 
 @dataclass(frozen=True)

@@ -126,12 +126,14 @@ class Window:
         append: puts the pass's keys and values after the retained ones.
         ropes: by kind of attention layer, its `position_embeddings`.
         masks: by kind of attention layer, `[B or 1, 1, T, W]`; `None` where plain causality says it all.
+        decays: whether fast weights decay.
     """
 
     lengths: torch.Tensor | None
     append: Append
     ropes: dict[str, Rope]
     masks: dict[str, torch.Tensor | None]
+    decays: bool = True
 
     @classmethod
     def of_new(

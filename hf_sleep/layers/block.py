@@ -57,7 +57,11 @@ class FastWeightMixer(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        fast_weights: FastWeights,
+        lengths: torch.Tensor | None = None,
+        decays: bool = True,
     ) -> tuple[torch.Tensor, FastWeights]:
         """Mix over time.
 
@@ -66,6 +70,7 @@ class FastWeightMixer(nn.Module):
             fast_weights: what the tokens before left.
             lengths: integers `[B]`, real tokens per row. They come first; pads follow, and leave the fast weights
                 exactly as they are. `None`: all T are real.
+            decays: whether what was written before decays; false in passes 2 to N under `SleepConfig.decay_once`.
 
         Returns:
             The mixed `[B, T, C]`, and the fast weights after the last real token.
@@ -134,10 +139,14 @@ class FastWeightBlock(nn.Module):
         return self.mixer.empty(batch_size, device, dtype)
 
     def forward(
-        self, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        fast_weights: FastWeights,
+        lengths: torch.Tensor | None = None,
+        decays: bool = True,
     ) -> tuple[torch.Tensor, FastWeights]:
         """Add what the mixer makes of `x` `[B, T, C]`; arguments and results as `FastWeightMixer.forward` has them."""
-        mixed, fast_weights = self.mixer(self.norm(x), fast_weights, lengths)
+        mixed, fast_weights = self.mixer(self.norm(x), fast_weights, lengths, decays)
         return x + mixed, fast_weights
 
     def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:

@@ -74,15 +74,20 @@ class GatedDeltaMixer(FastWeightMixer):
         raise NotImplementedError
 
     def forward(
-        self, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        fast_weights: FastWeights,
+        lengths: torch.Tensor | None = None,
+        decays: bool = True,
     ) -> tuple[torch.Tensor, FastWeights]:
         recurrent_state, conv_state = fast_weights
         q, k, v, conv_state = self.qkv(x, conv_state, lengths)
+        g = self.decay(x)
         o, recurrent_state = gated_delta_rule(
             q.unflatten(-1, (self.num_heads, self.head_dim)),
             k.unflatten(-1, (self.num_heads, self.head_dim)),
             v.unflatten(-1, (self.num_heads, self.head_v_dim)),
-            self.decay(x),
+            g if decays else torch.zeros_like(g),
             self.b_proj(x).sigmoid(),
             recurrent_state,
             lengths,

@@ -172,10 +172,15 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """The algorithm, over this model's layers and with its settings."""
         sleep, decoder = self.config.sleep, self.decoder
         loop_layers = sleep.loop_layers or (0, len(decoder.kinds))
-        order = running_order(decoder, dict(self.fast_weights.items()), loop_layers)
-        watchers = Watchers(tuple(self._pass_hooks.values()), tuple(self._sleep_hooks.values()))
-        is_checkpointing = self.gradient_checkpointing and self.training
-        return Sleeper(decoder, order, sleep.make_eviction(), self.between, watchers, is_checkpointing)
+        return Sleeper(
+            decoder,
+            running_order(decoder, dict(self.fast_weights.items()), loop_layers),
+            sleep.make_eviction(),
+            self.between,
+            Watchers(tuple(self._pass_hooks.values()), tuple(self._sleep_hooks.values())),
+            decay_once=sleep.decay_once,
+            is_checkpointing=self.gradient_checkpointing and self.training,
+        )
 
     def _policy(self, sleep_passes: int | PassPolicy | None) -> PassPolicy:
         """The pass policy of a call."""

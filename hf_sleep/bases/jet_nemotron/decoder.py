@@ -15,6 +15,8 @@ from ..decoder import Decoder
 class JetNemotronDecoder(Decoder):
     """Jet-Nemotron, whose Jet layers have the same mixer that a retrofit injects."""
 
+    default_between = "none"
+
     @classmethod
     def default_loop_layers(cls, config: PreTrainedConfig) -> tuple[int, int]:
         """The middle half.
@@ -28,9 +30,9 @@ class JetNemotronDecoder(Decoder):
         return self.layers[index].self_attn
 
     def mix(
-        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None
+        self, layer: Any, x: torch.Tensor, fast_weights: FastWeights, lengths: torch.Tensor | None, decays: bool
     ) -> tuple[torch.Tensor, FastWeights]:
-        return layer.self_attn(x, fast_weights, lengths)
+        return layer.self_attn(x, fast_weights, lengths, decays)
 
     def empty_fast_weights(self, index: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
         return self.layers[index].self_attn.empty(batch_size, device, dtype)

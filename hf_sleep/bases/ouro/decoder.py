@@ -12,6 +12,7 @@ class OuroDecoder(Decoder):
     """
 
     norm_every_pass = True
+    default_between = "none"
 
     @property
     def base_loops(self) -> int:
