@@ -28,7 +28,7 @@ from .bases.decoder import Decoder
 from .engine.between import Between
 from .engine.eviction import Eviction
 from .engine.passes import PassPolicy
-from .engine.slots import RunningOrder
+from .engine.slots import RunningOrder, among
 from .engine.watch import Watchers
 from .engine.window import Append, Read, Span, Window
 from .memory import Carried, Counters, Memory
@@ -69,6 +69,7 @@ class Sleeper:
         policy: PassPolicy,
         wanted: list[list[bool]] | None = None,
         backprop_windows: int | None = None,
+        sleep_after: list[list[int]] | None = None,
     ) -> tuple[Memory, list[Read]]:
         """Read tokens, sleeping whenever a window is full and another token comes.
 
@@ -79,54 +80,62 @@ class Sleeper:
             policy: N of every sleep on the way.
             wanted: per row and token, whether its output is needed; `None` for all.
             backprop_windows: cut a row's graph after every so many of its sleeps; `None`: never.
+            sleep_after: per row, after how many of its tokens it sleeps whatever its window holds, ascending; `None`:
+                nowhere.
 
         Returns:
             The memory after it, and a `Read` per window.
         """
-        size, reads = self.eviction.window_size, []
+        size, told = self.eviction.window_size, sleep_after or [[]] * len(counts)
+        reads: list[Read] = []
         done, slept = [0] * len(counts), [0] * len(counts)
-        while any(done[b] < n for b, n in enumerate(counts)):
-            full = [b for b, row in enumerate(memory.counters) if done[b] < counts[b] and row.fill == size]
-            memory = self.sleep(memory, full, policy)
-            for b in full:
+        while True:
+            due = [
+                b
+                for b, row in enumerate(memory.counters)
+                if (row.fill and done[b] in told[b]) or (row.fill == size and done[b] < counts[b])
+            ]
+            memory = self.sleep(memory, due, policy)
+            for b in due:
                 slept[b] += 1
             if backprop_windows is not None:
-                memory = memory.detach_rows([b for b in full if slept[b] % backprop_windows == 0])
-            span = Span.next(memory, done, counts, size, wanted)
-            # If all these rows sleep on this window within the call, the slots after the loop read it there, from where
-            # they stand now. Here only logits would need them.
-            can_wait = span.sleeps_next and policy.at_least > 1 and not span.is_wanted
-            memory, hidden = self.wake(memory, span, span.of(x), run_after=not can_wait)
+                memory = memory.detach_rows([b for b in due if slept[b] % backprop_windows == 0])
+            if done == counts:
+                return memory, reads
+            span = Span.next(memory, done, counts, size, wanted, told)
+            memory, hidden = self.wake(memory, span, span.of(x), self._wanted_now(memory, span, policy))
             for b, n in zip(span.rows, span.counts, strict=True):
                 done[b] += n
             reads.append(Read(span, hidden if span.is_wanted else None))
-        return memory, reads
 
-    def wake(self, memory: Memory, span: Span, x: torch.Tensor, run_after: bool = True) -> tuple[Memory, torch.Tensor]:
+    def wake(
+        self, memory: Memory, span: Span, x: torch.Tensor, wanted: range | None = None
+    ) -> tuple[Memory, torch.Tensor]:
         """One ordinary pass over new tokens of the current windows: pass 1.
 
         Args:
             memory: of the batch.
             span: which rows read how many tokens.
             x: the tokens, `[rows, T, C]`.
-            run_after: whether the slots after the loop are needed now.
+            wanted: the slots that are needed now, from the first on; `None`: all.
 
         Returns:
-            The memory after it, and `[rows, T, C]`: with `run_after`, what `Decoder.logits` takes.
+            The memory after it, and `[rows, T, C]`: of all slots, what `Decoder.logits` takes.
         """
+        order = self.order
+        wanted = order.all if wanted is None else wanted
         part = memory.select(span.rows)
         window = Window.of_new(self.decoder, self.eviction, x, part.counters, span.counts)
         append = Append([row.fill for row in part.counters], span.counts, x.device)
         loop_input = None
         if self.between.needs_loop_input:
-            x, carried = self._run(self.order.before, x, part.carried, window)
+            x, carried = self._run(among(order.before, wanted), x, part.carried, window)
             loop_input = append(None if part.loop_input is None else part.loop_input.to(x.device), x)
-            x, carried = self._run(self.order.loop, x, carried, window)
+            x, carried = self._run(among(order.loop, wanted), x, carried, window)
         else:
-            x, carried = self._run(self.order.up_to_loop, x, part.carried, window)
+            x, carried = self._run(among(order.up_to_loop, wanted), x, part.carried, window)
         loop_output = append(None if part.loop_output is None else part.loop_output.to(x.device), x)
-        if run_after:
-            x, carried = self._run(self.order.after, x, carried, window)
+        x, carried = self._run(among(order.after, wanted), x, carried, window)
         counters = tuple(row.after_reading(n) for row, n in zip(part.counters, span.counts, strict=True))
         part = Memory(counters, carried, part.window_start, loop_output, loop_input, part.columns)
         return memory.merge(span.rows, part), x
@@ -167,15 +176,19 @@ class Sleeper:
         again = replace(window, decays=not self.decay_once)
         start = order.at_start(memory)
         asked = policy.begin()
+        remembered = self._remembered(memory.counters)
         previous, written = None, self._shown(carried, asked)
         while policy.continues(asked, number, previous, written):
-            x = self.between(x, loop_input)
-            x, carried = self._run(order.loop, x, order.rewound(order.loop, carried, start), again)
             number += 1
+            # What the last pass makes of the window is for the slots after the loop alone.
+            loop = among(order.loop, remembered) if number == policy.at_most else order.loop
+            x = self.between(x, loop_input)
+            x, carried = self._run(loop, x, order.rewound(loop, carried, start), again)
             self.watchers.tell_pass(number, order.looped(carried))
             previous, written = written, self._shown(carried, asked)
         if number > 1:
-            _, carried = self._run(order.after, x, order.rewound(order.after, carried, start), window)
+            after = among(order.after, remembered)
+            _, carried = self._run(after, x, order.rewound(after, carried, start), window)
         return replace(memory, carried=carried), number
 
     def evict(self, memory: Memory) -> Memory:
@@ -184,6 +197,25 @@ class Sleeper:
         carried = self.order.evicted(memory.carried, plan)
         counters = tuple(map(self.eviction.after, memory.counters))
         return Memory(counters, carried, self.order.window_start(carried), columns=memory.columns)
+
+    def _wanted_now(self, memory: Memory, span: Span, policy: PassPolicy) -> range:
+        """The slots that a span has to run, from the first on, where all its rows sleep next.
+
+        The slots after the loop read a window once more in its sleep, from where they stand now. So before a second
+        pass only logits would need them.
+        """
+        order = self.order
+        if span.is_wanted or not span.sleeps_next:
+            return order.all
+        rows = [memory.counters[b].after_reading(n) for b, n in zip(span.rows, span.counts, strict=True)]
+        remembered = self._remembered(rows)
+        if policy.at_most == 1:
+            return remembered
+        return order.up_to_loop if policy.at_least > 1 else max(remembered, order.up_to_loop, key=len)
+
+    def _remembered(self, rows: Sequence[Counters]) -> range:
+        """The slots in which anything is left of the current windows when these rows have slept, from the first on."""
+        return self.order.up_to_memory if all(map(self.eviction.drops_window, rows)) else self.order.all
 
     def _run(
         self, slots: range, x: torch.Tensor, carried: Sequence[Carried], window: Window

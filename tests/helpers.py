@@ -172,7 +172,7 @@ def blocks_hooked(model):
         )
 
         def after(layer, args, output, block=block, S=S, tail=tail):
-            return run_block(block, output[0], S, tail)[0][None]
+            return run_block(block, output[0], S, tail, True)[0][None]
 
         handles.append(model.lm.model.layers[int(i)].register_forward_hook(after))
     try:

@@ -72,6 +72,13 @@ class Eviction:
         retained = sinks + min(self.recent, row.kv_length - sinks)
         return row.after_sleep(retained, min(row.position, self.window_position))
 
+    def drops_window(self, row: Counters) -> bool:
+        """Whether a sleep leaves no KV of a row's current window, as its counters after the read say.
+
+        Then no layer after the last fast weights needs to run for it. Override it where `plan` is.
+        """
+        return not self.recent and self.sinks(row.seen) <= row.retained
+
     def may_leave(self, row: Counters) -> bool:
         """Whether a row can have such counters, as a file of a memory says. Override it where `after` is."""
         slept_on = row.seen - row.fill

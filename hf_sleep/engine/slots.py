@@ -248,6 +248,16 @@ class RunningOrder:
         return range(self.loop.stop, len(self.slots))
 
     @property
+    def all(self) -> range:
+        """Every slot."""
+        return range(len(self.slots))
+
+    @property
+    def up_to_memory(self) -> range:
+        """Slots up to the last with fast weights: all that is needed of a window whose KV is dropped."""
+        return range(1 + max(self.fast_slots, default=-1))
+
+    @property
     def fast_slots(self) -> frozenset[int]:
         """Which slots carry fast weights."""
         return frozenset(i for i, slot in enumerate(self.slots) if slot.remembers)
@@ -268,11 +278,15 @@ class RunningOrder:
             `[B, T, C]`, and what all slots carry then.
         """
         part, mine = self.slots[slots.start : slots.stop], carried[slots.start : slots.stop]
-        if part and is_checkpointing and torch.is_grad_enabled():
-            x, mine = checkpoint(run_slots, part, x, mine, window, use_reentrant=False)
-        else:
-            x, mine = run_slots(part, x, mine, window)
-        return x, (*carried[: slots.start], *mine, *carried[slots.stop :])
+        kept = len(part)
+        if is_checkpointing and torch.is_grad_enabled():
+            # Of the first frozen layers nothing is kept anyway, and nothing has to be computed again.
+            kept = _passing_no_gradient(part, x, mine)
+        x, first = run_slots(part[:kept], x, mine[:kept], window)
+        rest: list[Carried] = []
+        if kept < len(part):
+            x, rest = checkpoint(run_slots, part[kept:], x, mine[kept:], window, use_reentrant=False)
+        return x, (*carried[: slots.start], *first, *rest, *carried[slots.stop :])
 
     def empty(self, batch_size: int, dtype: torch.dtype) -> tuple[Carried, ...]:
         """What all slots carry of sequences that have read nothing; `dtype` is the activations'."""
@@ -326,6 +340,25 @@ def running_order(decoder: Decoder, blocks: Mapping[str, Any], loop_layers: tupl
         slots.append(Norm(decoder, last, first <= last < end))
     looped = [i for i, slot in enumerate(slots) if slot.is_looped]
     return RunningOrder(tuple(slots), range(looped[0], looped[-1] + 1))
+
+
+def among(slots: range, first: range) -> range:
+    """Those of `slots` that are among the `first`, which begin at 0."""
+    return range(slots.start, max(slots.start, min(slots.stop, first.stop)))
+
+
+def _passing_no_gradient(slots: Sequence[Slot], x: torch.Tensor, carried: Sequence[Carried]) -> int:
+    """How many of the first slots no gradient passes through: all up to the first that is trained."""
+    if x.requires_grad:
+        return 0
+    return next(
+        (
+            i
+            for i, (slot, pair) in enumerate(zip(slots, carried, strict=True))
+            if any(t.requires_grad for t in (*slot.module.parameters(), *(pair or ())))
+        ),
+        len(slots),
+    )
 
 
 def run_slots(

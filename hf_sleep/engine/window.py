@@ -23,7 +23,7 @@ class Span:
         start: per row, how many of the call's tokens come before.
         counts: per row, how many tokens, at least 1.
         is_wanted: whether an output of any of them is needed.
-        sleeps_next: whether every row has a full window then, and sleeps on it within the call.
+        sleeps_next: whether every row sleeps then, within the call.
     """
 
     rows: list[int]
@@ -34,7 +34,13 @@ class Span:
 
     @classmethod
     def next(
-        cls, memory: Memory, done: list[int], counts: list[int], window_size: int, wanted: list[list[bool]] | None
+        cls,
+        memory: Memory,
+        done: list[int],
+        counts: list[int],
+        window_size: int,
+        wanted: list[list[bool]] | None,
+        sleep_after: list[list[int]],
     ) -> "Span":
         """What every row that has tokens left reads next.
 
@@ -44,18 +50,23 @@ class Span:
             counts: per row, tokens of the call.
             window_size: L.
             wanted: per row and token, whether its output is needed; `None` for all.
+            sleep_after: per row, after how many tokens of the call it sleeps, ascending.
         """
         rows = [b for b, n in enumerate(counts) if done[b] < n]
         start = [done[b] for b in rows]
         fill = [memory.counters[b].fill for b in rows]
-        take = [min(counts[b] - s, window_size - f) for b, s, f in zip(rows, start, fill, strict=True)]
+        told = [next((e for e in sleep_after[b] if e > s), counts[b]) for b, s in zip(rows, start, strict=True)]
+        take = [min(t, counts[b], s + window_size - f) - s for b, s, f, t in zip(rows, start, fill, told, strict=True)]
         ends = [s + n for s, n in zip(start, take, strict=True)]
         return cls(
             rows,
             start,
             take,
             wanted is None or any(any(wanted[b][s:e]) for b, s, e in zip(rows, start, ends, strict=True)),
-            all(f + n == window_size and e < counts[b] for b, f, n, e in zip(rows, fill, take, ends, strict=True)),
+            all(
+                e in sleep_after[b] or (f + n == window_size and e < counts[b])
+                for b, f, n, e in zip(rows, fill, take, ends, strict=True)
+            ),
         )
 
     def of(self, x: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
 from .generation import SleepGenerationMixin
 from .headless import Headless
-from .inputs import check_inputs, check_keywords, check_positions, check_settings, memory_in
+from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
 from .outputs import Asked, answer, mean_loss
 from .pretrained import draw_blocks
 
@@ -276,6 +276,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         return_dict: bool | None = None,
         position_ids: torch.Tensor | None = None,
         skip_head: bool = False,
+        sleep_after: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | BaseModelOutputWithPast | tuple:
         """Read tokens; sleep whenever a window is full and another token comes.
@@ -302,6 +303,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
                 itself, so this is only checked.
             skip_head: return a `BaseModelOutputWithPast` with `last_hidden_state` `[B, T or logits_to_keep, C]`, which
                 the output embeddings turn into logits (where the base caps them, before its cap).
+            sleep_after: `[B, T]`, 1 at a token after which its row sleeps, whatever its window holds: at the end of a
+                document or a turn. The same as ending the call there and calling `sleep`, with gradients; 0 elsewhere
+                and at pads. Not where weights are sharded over ranks.
             kwargs: what stock models take and ignore (`token_type_ids`, `cache_position`), and what they take for
                 packed samples or for attentions and hidden states, which is refused.
 
@@ -323,6 +327,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         vocab_size = self.config.text_config.vocab_size
         layout = check_inputs(input_ids, attention_mask, inputs_embeds, labels, memory, vocab_size)
         check_positions(position_ids, layout, memory)
+        ends = ends_of(sleep_after, layout)
 
         sleeper = self._sleeper()
         embeds: Any = inputs_embeds
@@ -335,14 +340,22 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         self._advice.before_reading(self, memory, layout, policy, looks_at_weights=not in_step)
         read = layout
         if in_step:
+            if sleep_after is not None:
+                raise ValueError(
+                    "sleep_after with sharded weights (FSDP): every rank has to sleep as often as the others. Leave it "
+                    "out, or train with DDP"
+                )
             read = layout.lengthened(lengths_in_step(max(layout.counts), x.device, policy.depends_on_data))
             x = F.pad(x, (0, 0, 0, read.width - layout.width))
 
         asked = Asked.of(labels, layout, read, logits_to_keep, in_training=self.training)
-        memory, reads = sleeper.read(memory, read.compact(x), read.counts, policy, asked.wanted, backprop_windows)
+        memory, reads = sleeper.read(memory, read.compact(x), read.counts, policy, asked.wanted, backprop_windows, ends)
         logits, loss = answer(asked, reads, sleeper.decoder, x, vocab_size, skip_head, self.gradient_checkpointing)
         if loss is not None and asked.targets is not None and labels is not None:
             loss = mean_loss(loss, asked.targets, labels, num_items_in_batch)
+        if loss is not None and self.training:
+            # DDP waits for a gradient of every parameter, and a step without a second pass has none of these.
+            loss = loss + sum(0.0 * p.sum().to(loss.device) for p in self.between.parameters() if p.requires_grad)
 
         if cache is None and use_cache:
             cache = SleepCache()

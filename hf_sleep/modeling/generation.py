@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..cache import SleepCache
 from ..compat import CACHE, GenerationMixin
@@ -66,6 +67,9 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
                     f"attention_mask=torch.ones({len(held.counters)}, {held.columns + width}, dtype=torch.long)"
                 )
             held.check_past(None if mask is None else mask[:, : held.columns])
+        if (after := model_kwargs.get("sleep_after")) is not None and held.counters and not is_whole:
+            # In columns of the conversation, as a whole one is.
+            model_kwargs["sleep_after"] = F.pad(after, (held.columns, 0))
         if (positions := model_kwargs.pop("position_ids", None)) is not None:
             refuse_packed({"position_ids": positions}, mask)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
@@ -73,6 +77,12 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if (after := inputs.pop("sleep_after", None)) is not None:
+            given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+            first, width = memory_in(inputs.get(CACHE), self).columns, given.shape[1]
+            # What is generated has no marks.
+            if first < after.shape[1]:
+                inputs["sleep_after"] = F.pad(after, (0, width))[:, first : first + width]
         if (mask := inputs.get("attention_mask")) is not None:
             # What it says of the past was checked before generate began.
             given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]

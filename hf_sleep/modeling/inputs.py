@@ -193,6 +193,31 @@ def check_inputs(
     return Layout.of_mask(attention_mask[:, -width:])
 
 
+def ends_of(sleep_after: torch.Tensor | None, layout: Layout) -> list[list[int]] | None:
+    """Per row, after how many of its tokens it sleeps, ascending, as `sleep_after` `[B, T]` marks them.
+
+    Raises:
+        ValueError: another shape, other values than 0 and 1, or a mark at a pad.
+    """
+    if sleep_after is None:
+        return None
+    shape = (len(layout.counts), layout.width)
+    if tuple(sleep_after.shape) != shape:
+        raise ValueError(f"sleep_after has shape {tuple(sleep_after.shape)}: it must be {shape}, the input's")
+    marks = sleep_after.detach().cpu()
+    if marks.is_floating_point() or not bool(((marks == 0) | (marks == 1)).all()):
+        raise ValueError("sleep_after must hold 0 and 1, or be boolean: 1 at a token after which its row sleeps")
+    columns = [row.nonzero().flatten().tolist() for row in marks]
+    ends = [[c - start + 1 for c in row] for row, start in zip(columns, layout.start, strict=True)]
+    for b, (row, count) in enumerate(zip(ends, layout.counts, strict=True)):
+        if wrong := [end for end in row if not 1 <= end <= count]:
+            raise ValueError(
+                f"sleep_after is 1 at column {wrong[0] + layout.start[b] - 1} of row {b}, which is a pad: mark the "
+                "token before it"
+            )
+    return ends
+
+
 def check_positions(position_ids: torch.Tensor | None, layout: Layout, memory: Memory) -> None:
     """Check that positions only say that a row's tokens come one after the other.
 
