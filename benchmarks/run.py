@@ -193,7 +193,7 @@ def training_memory(report: Report) -> None:
     config = LlamaConfig(
         hidden_size=width, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, vocab_size=256
     )
-    sleep = SleepConfig(window_size=window, sleep_passes=2, num_blocks=2)
+    sleep = SleepConfig(window_size=window, sleep_passes=2, num_blocks=2, loop_layers=(0, 8))
     model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -249,9 +249,9 @@ def main() -> None:
     arguments = parser.parse_args()
     report, turns = Report(), 1 if arguments.quick else 3
     torch.manual_seed(0)
-    model = SleepForCausalLM.from_base(
-        load(arguments.model, arguments.dtype), SleepConfig(window_size=WINDOW, num_blocks=6)
-    )
+    base = load(arguments.model, arguments.dtype)
+    every_layer = (0, base.config.num_hidden_layers)
+    model = SleepForCausalLM.from_base(base, SleepConfig(window_size=WINDOW, num_blocks=6, loop_layers=every_layer))
     console.print(
         f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, {model.dtype}"
     )

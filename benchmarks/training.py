@@ -25,7 +25,7 @@ def hybrid(window: int, quick: bool) -> SleepForCausalLM:
         num_attention_heads=4,
         vocab_size=VOCABULARY,
     )
-    sleep = SleepConfig(window_size=window, num_blocks=2)
+    sleep = SleepConfig(window_size=window, num_blocks=2, loop_layers=(0, config.num_hidden_layers))
     model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep).train()
     for block in model.fast_weights.values():
         torch.nn.init.normal_(block.mixer.o_proj.weight, std=0.02)

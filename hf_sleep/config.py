@@ -5,6 +5,7 @@ import math
 import textwrap
 import warnings
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class SleepConfig:
     )
     loop_layers: tuple[int, int] | None = _setting(
         None,
-        "Range (a, b) of the decoder layers that all passes run, from a to b - 1. By default all of them, or the "
+        "Range (a, b) of the decoder layers that all passes run, from a to b - 1. By default the middle third, or the "
         "range that the base's family names.",
     )
     between: str | None = _setting(
@@ -79,8 +80,8 @@ class SleepConfig:
     block_kind: str = _setting("jet", "Kind of the injected blocks: gated_delta_net or jet.")
     num_blocks: int | None = _setting(
         None,
-        "Fast-weight blocks to inject, evenly spaced. By default one per four layers, and none into a base with "
-        "linear-recurrent layers of its own.",
+        "Fast-weight blocks to inject, evenly spaced inside the loop, and those that do not fit there outside it. By "
+        "default one per four layers of the base, and none into a base with linear-recurrent layers of its own.",
     )
     block_layers: tuple[int, ...] | None = _setting(
         None, "Instead of num_blocks, the decoder layers after which a block is injected."
@@ -167,11 +168,11 @@ class SleepConfig:
 
         depth = text_config.num_hidden_layers
         adapter = adapter_of(text_config)
-        block_layers = self._place_blocks(depth, adapter.has_fast_weights(text_config))
         loop_layers = self.loop_layers or adapter.default_loop_layers(text_config)
         if loop_layers[1] > depth:
             works = f"the base has {depth} layers, so b is at most {depth}"
             raise reject("SleepConfig.loop_layers", loop_layers, works)
+        block_layers = self._place_blocks(depth, loop_layers, adapter.has_fast_weights(text_config))
         self._check_positions(getattr(text_config, "max_position_embeddings", None))
         heads = getattr(text_config, "num_attention_heads", 1)
         head_dim = self.block_head_dim or getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
@@ -191,8 +192,8 @@ class SleepConfig:
             block_num_heads=self.block_num_heads or max(1, text_config.hidden_size // (3 * head_dim)),
         )
 
-    def _place_blocks(self, depth: int, has_fast_weights: bool) -> tuple[int, ...]:
-        """Choose the layers after which blocks are injected into a base of `depth` layers."""
+    def _place_blocks(self, depth: int, loop_layers: tuple[int, int], has_fast_weights: bool) -> tuple[int, ...]:
+        """Choose the layers after which blocks are injected into a base of `depth` layers: those that loop first."""
         layers = self.block_layers
         if layers is None:
             default = 0 if has_fast_weights else max(1, depth // 4)
@@ -200,7 +201,10 @@ class SleepConfig:
             if count > depth:
                 works = f"the base has {depth} layers, so at most {depth} blocks fit"
                 raise reject("SleepConfig.num_blocks", count, works)
-            layers = tuple(int((i + 0.5) * depth / count) for i in range(count))
+            looped = range(*loop_layers)
+            others = [i for i in range(depth) if i not in looped]
+            inside = min(count, len(looped))
+            layers = tuple(sorted(_evenly(looped, inside) + _evenly(others, count - inside)))
         if layers and layers[-1] >= depth:
             raise reject("SleepConfig.block_layers", layers, f"the base's layers are 0 to {depth - 1}")
         if not layers and not has_fast_weights:
@@ -233,7 +237,7 @@ class SleepConfig:
 
         Args:
             asked: settings. A dictionary sets just the fields that it names. Of a `SleepConfig` every field is set, but
-                of the blocks' fields only those that are not the defaults.
+                `loop_layers` and the blocks' fields only where they are not the defaults.
 
         Raises:
             ValueError: other blocks than the checkpoint's.
@@ -241,7 +245,8 @@ class SleepConfig:
         if isinstance(asked, SleepConfig):
             default = SleepConfig()
             values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(SleepConfig)}
-            asked = {k: v for k, v in values.items() if k not in BUILT_FIELDS or v != getattr(default, k)}
+            kept = ["loop_layers", *BUILT_FIELDS]
+            asked = {k: v for k, v in values.items() if k not in kept or v != getattr(default, k)}
         for name in BUILT_FIELDS:
             if name in asked and asked[name] != getattr(self, name):
                 works = f"the checkpoint's blocks have {name}={getattr(self, name)!r}. Leave it out"
@@ -285,6 +290,11 @@ class SleepConfig:
                 stacklevel=2,
             )
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def _evenly(layers: Sequence[int], count: int) -> list[int]:
+    """Choose `count` of the layers, evenly spaced."""
+    return [layers[int((i + 0.5) * len(layers) / count)] for i in range(count)]
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(SleepConfig) if "help" in field.metadata}

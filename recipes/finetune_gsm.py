@@ -101,9 +101,11 @@ class Arguments(InParts):
     num_sink_tokens: int | None = argument(
         None, "first tokens that are never evicted; None: 0, or as the checkpoint was trained"
     )
-    loop_layers: list[int] | None = argument(None, "a b: layers a to b - 1 run N times; None: the base's")
+    loop_layers: list[int] | None = argument(
+        None, "a b: layers a to b - 1 run N times; None: the middle third, or the base's"
+    )
     num_blocks: int | None = argument(
-        None, "new blocks, evenly spaced; None: one per four layers, and none in a hybrid"
+        None, "new blocks, evenly spaced in the loop; None: one per four layers, and none in a hybrid"
     )
     block_num_heads: int | None = argument(None, "of a new block; None: a third of the width")
     block_head_dim: int | None = argument(None, "of a new block; None: the base's")

@@ -193,18 +193,32 @@ BITWISE = tuple(name for name in FAMILIES if name not in HYBRIDS or name == "jet
 def sleep_config(family: str, **fields) -> SleepConfig:
     """A small `SleepConfig` whose blocks lie before, inside and after the looped ranges that the laws use.
 
-    A hybrid is slept with its own linear layers, plus one injected block, so that the two kinds of memory meet.
+    A hybrid is slept with its own linear layers, plus one injected block, so that the two kinds of memory meet. All
+    layers loop but of Jet-Nemotron, which loops its middle half.
     """
     layers = (1,) if family in HYBRIDS or family in RELATIVES else (0, 2)
-    defaults = {"window_size": 6, "between": "none", "block_layers": layers, "block_num_heads": 2, "block_head_dim": 8}
+    loop = None if family == "jet_nemotron" else (0, 4)
+    defaults = {
+        "window_size": 6,
+        "between": "none",
+        "loop_layers": loop,
+        "block_layers": layers,
+        "block_num_heads": 2,
+        "block_head_dim": 8,
+    }
     return SleepConfig(**(defaults | fields))
+
+
+def make_config(family: str):
+    """The config of a base of four layers."""
+    model_type, fields = (FAMILIES | MORE_FAMILIES | RELATIVES)[family]
+    return AutoConfig.for_model(model_type, **(_COMMON | fields))
 
 
 def make_base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A base causal LM with random weights that are large enough for every layer to matter."""
-    model_type, fields = (FAMILIES | MORE_FAMILIES | RELATIVES)[family]
-    config = AutoConfig.for_model(model_type, **(_COMMON | fields))
-    attention = "eager" if model_type in EAGER else "sdpa"
+    config = make_config(family)
+    attention = "eager" if config.model_type in EAGER else "sdpa"
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     randomize(base, seed)
     return base.to(dtype).eval()

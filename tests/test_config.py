@@ -7,12 +7,14 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
-from families import FAMILIES, HYBRIDS, make_base, sleep_config
+from families import FAMILIES, HYBRIDS, MORE_FAMILIES, RELATIVES, make_base, make_config, sleep_config
 from transformers import AutoConfig, LlamaConfig
 
-from hf_sleep import SleepConfig, SleepForCausalLM, SleepLMConfig, __version__
+from hf_sleep import JetNemotronConfig, OuroConfig, SleepConfig, SleepForCausalLM, SleepLMConfig, __version__
+from hf_sleep.bases.decoder import adapter_of, middle_third, period_of
 from hf_sleep.config import SETTINGS
 
 # Settings, the field and value that the error must name, what it must say works, and settings that then do.
@@ -98,7 +100,7 @@ def test_a_value_width_that_is_no_whole_number_is_refused(expand, heads):
 
 
 def test_a_value_width_that_is_a_whole_number_is_exact():
-    mixer = retrofit(block_expand_v=1.25, block_head_dim=8, block_num_heads=3).fast_weights["2"].mixer
+    mixer = retrofit(block_expand_v=1.25, block_head_dim=8, block_num_heads=3).fast_weights["1"].mixer
     assert (mixer.head_v_dim, mixer.value_dim) == (10, 30)
 
 
@@ -124,27 +126,122 @@ def test_sinks_that_leave_no_room_for_a_window_are_refused_with_the_most_that_wo
 
 
 def test_what_was_left_open_is_filled_from_the_base():
-    """One block per four layers, evenly spaced, a third as wide as the base; all layers loop."""
+    """The middle third loops and holds one block per four layers of the base, a third as wide as the base."""
     base = LlamaConfig(num_hidden_layers=16, hidden_size=64, num_attention_heads=4)
     sleep = SleepConfig().resolve(base)
-    assert (sleep.num_blocks, sleep.block_layers, sleep.loop_layers) == (4, (2, 6, 10, 14), (0, 16))
+    assert (sleep.num_blocks, sleep.block_layers, sleep.loop_layers) == (4, (5, 6, 8, 9), (5, 10))
     assert (sleep.block_head_dim, sleep.block_num_heads) == (16, 1)
-    assert SleepConfig(num_blocks=3).resolve(base).block_layers == (2, 8, 13)
-    assert SleepConfig(num_blocks=16).resolve(base).block_layers == tuple(range(16))
     assert SleepConfig().resolve(LlamaConfig(num_hidden_layers=2)).num_blocks == 1
     assert sleep.resolve(base) == sleep
 
 
+@pytest.mark.parametrize("depth", [*range(1, 9), 28, 30])
+def test_blocks_are_spread_evenly_over_the_loop_and_then_over_the_rest(depth):
+    base = LlamaConfig(num_hidden_layers=depth)
+    for count in range(1, depth + 1):
+        whole = SleepConfig(num_blocks=count, loop_layers=(0, depth)).resolve(base)
+        assert whole.block_layers == tuple(int((i + 0.5) * depth / count) for i in range(count))
+        sleep = SleepConfig(num_blocks=count).resolve(base)
+        looped = range(*sleep.loop_layers)
+        inside = [layer for layer in sleep.block_layers if layer in looped]
+        assert (len(inside), len(sleep.block_layers)) == (min(count, len(looped)), count)
+        assert max(b - a for a, b in pairwise([*inside, inside[-1]])) <= -(-len(looped) // len(inside))
+
+
+def test_blocks_that_do_not_fit_into_the_loop_stand_outside_it():
+    base = LlamaConfig(num_hidden_layers=12)
+    assert SleepConfig(num_blocks=6, loop_layers=(4, 8)).resolve(base).block_layers == (2, 4, 5, 6, 7, 10)
+
+
+def middle_is_a_range_of_whole_periods(kinds: list[str], loop: tuple[int, int], period: int) -> None:
+    """The range holds whole periods, about a third of the layers, as near the middle as a period's start can be."""
+    depth, (first, end) = len(kinds), loop
+    assert 0 <= first < end <= depth
+    assert first % period == (end - first) % period == 0
+    assert abs(end - first - depth / 3) <= max(period / 2, period - depth / 3)
+    assert 0 <= (depth - end) - first <= 2 * period
+
+
+@pytest.mark.parametrize("depth", [*range(1, 9), 28, 30, 48])
+def test_the_middle_third_loops(depth):
+    loop = SleepConfig().resolve(LlamaConfig(num_hidden_layers=depth)).loop_layers
+    middle_is_a_range_of_whole_periods(["full_attention"] * depth, loop, 1)
+    assert loop == {1: (0, 1), 2: (0, 1), 3: (1, 2), 4: (1, 2), 28: (9, 18), 30: (10, 20), 48: (16, 32)}.get(
+        depth, loop
+    )
+
+
+PATTERNS = {
+    "three linear, one full": (["linear_attention"] * 3 + ["full_attention"], 4),
+    "two": (["linear_attention", "full_attention"], 2),
+    "five sliding, one full": (["sliding_attention"] * 5 + ["full_attention"], 6),
+    "full in the middle": (["linear_attention", "full_attention", "linear_attention"], 3),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("depth", [*range(1, 9), 12, 28, 30, 48])
+def test_a_mixed_base_loops_whole_periods(pattern, depth):
+    unit, period = PATTERNS[pattern]
+    kinds = (unit * depth)[:depth]
+    found = period_of(kinds)
+    assert found == period if depth >= 2 * period else found < period
+    middle_is_a_range_of_whole_periods(kinds, middle_third(kinds), found)
+
+
+def test_layers_left_over_after_the_last_period_may_differ():
+    """Kimi Linear's 27 layers end in two linear ones and a full one."""
+    kinds = PATTERNS["three linear, one full"][0] * 6 + ["linear_attention", "linear_attention", "full_attention"]
+    assert (period_of(kinds), middle_third(kinds)) == (4, (8, 16))
+
+
+def test_where_nothing_repeats_any_range_will_do():
+    kinds = ["linear_attention"] * 9 + ["full_attention"] + ["linear_attention"] * 2
+    assert (period_of(kinds), middle_third(kinds)) == (1, (4, 8))
+
+
+@pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES | RELATIVES)
+def test_every_family_loops_a_middle_range_but_the_two_of_the_paper(family):
+    config = make_config(family)
+    kinds, loop = adapter_of(config).layer_kinds(config), SleepConfig().resolve(config).loop_layers
+    if family in ("ouro", "jet_nemotron"):
+        assert loop == {"ouro": (0, 4), "jet_nemotron": (1, 3)}[family]
+    else:
+        middle_is_a_range_of_whole_periods(kinds, loop, 2 if len(set(kinds)) == 2 else 1)
+
+
+@pytest.mark.parametrize("depth", [*range(1, 9), 28, 30])
+def test_ouro_loops_all_layers_and_jet_nemotron_its_middle_half(depth):
+    assert SleepConfig().resolve(OuroConfig(num_hidden_layers=depth)).loop_layers == (0, depth)
+    jet = JetNemotronConfig(num_hidden_layers=depth, layer_types=["attn"] * depth)
+    assert SleepConfig().resolve(jet).loop_layers == (depth // 4, depth - depth // 4)
+
+
+def test_a_config_may_say_which_layers_loop():
+    base = LlamaConfig(num_hidden_layers=9, default_loop_layers=(2, 5))
+    assert SleepConfig().resolve(base).loop_layers == (2, 5)
+    assert SleepConfig(loop_layers=(0, 9)).resolve(base).loop_layers == (0, 9)
+
+
+def test_a_checkpoint_keeps_its_loop_where_none_is_asked_for():
+    base = make_base("llama").config
+    saved = SleepConfig(loop_layers=(0, 4)).resolve(base)
+    assert saved.changed(SleepConfig(sleep_passes=3)).resolve(base).loop_layers == (0, 4)
+    assert saved.changed({"sleep_passes": 3}).resolve(base).loop_layers == (0, 4)
+    assert saved.changed(SleepConfig(loop_layers=(1, 3))).resolve(base).loop_layers == (1, 3)
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in HYBRIDS])
 def test_an_attention_only_base_gets_blocks(family):
-    assert SleepConfig().resolve(make_base(family).config).block_layers == (2,)
+    assert SleepConfig().resolve(make_config(family)).block_layers == ((2,) if family == "ouro" else (1,))
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_a_hybrid_gets_blocks_only_where_asked(family):
     assert not SleepForCausalLM.from_base(make_base(family)).fast_weights
-    assert list(SleepForCausalLM.from_base(make_base(family), SleepConfig(num_blocks=1)).fast_weights) == ["2"]
-    assert not SleepConfig(num_blocks=0).resolve(make_base(family).config).block_layers
+    asked = SleepForCausalLM.from_base(make_base(family), SleepConfig(num_blocks=1))
+    assert list(asked.fast_weights) == ["2" if family == "jet_nemotron" else "1"]
+    assert not SleepConfig(num_blocks=0).resolve(make_config(family)).block_layers
 
 
 FULL = SleepConfig(

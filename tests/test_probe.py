@@ -338,7 +338,7 @@ def test_a_base_that_does_not_repeat_itself_cannot_be_compared():
 
 
 def test_the_report_is_kept_and_a_checkpoint_is_not_probed_again(tmp_path, monkeypatch):
-    model = SleepForCausalLM.from_base(tiny(), sleep_config("llama"))
+    model = SleepForCausalLM.from_base(tiny(), sleep_config("llama", loop_layers=(0, 3)))
     assert model.config.probed == probe(model.lm).to_dict()
     ids = tokens(20)[None]
     with torch.no_grad():
@@ -394,7 +394,7 @@ def test_a_family_with_a_scale_is_registered_from_outside(outside):
         def logits(self, x):
             return super().logits(x) * 0.5
 
-    model = SleepForCausalLM.from_base(tiny(LogitScale), sleep_config("llama"))
+    model = SleepForCausalLM.from_base(tiny(LogitScale), sleep_config("llama", loop_layers=(0, 3)))
     ids = tokens(6)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, tiny(LogitScale)(ids).logits)
@@ -405,7 +405,7 @@ def test_a_family_with_a_scale_is_registered_from_outside(outside):
 
 def test_a_checkpoint_names_the_package_that_is_not_imported(outside, tmp_path, monkeypatch):
     register_base("tiny_unlisted")(outside(type("Outside", (Decoder,), {})))
-    SleepForCausalLM.from_base(tiny(), sleep_config("llama")).save_pretrained(tmp_path)
+    SleepForCausalLM.from_base(tiny(), sleep_config("llama", loop_layers=(0, 3))).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["base_module"] == "third_party"
     assert SleepForCausalLM.from_pretrained(tmp_path).config.base_module == "third_party"
     monkeypatch.delitem(BASES._classes, "tiny_unlisted")

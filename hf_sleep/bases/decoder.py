@@ -1,6 +1,6 @@
 """The contract of a family's adapter, which runs a base model's decoder layers one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,9 @@ class Decoder:
     def default_loop_layers(cls, config: PreTrainedConfig) -> tuple[int, int]:
         """Half-open range of the layers that a sleep runs again where `SleepConfig.loop_layers` leaves it open.
 
-        A config may say it as `default_loop_layers`; otherwise all of them.
+        A config may say it as `default_loop_layers`; otherwise the middle third, in whole periods of `layer_kinds`.
         """
-        return getattr(config, "default_loop_layers", None) or (0, config.num_hidden_layers)
+        return getattr(config, "default_loop_layers", None) or middle_third(cls.layer_kinds(config))
 
     def __init__(self, lm: PreTrainedModel):
         if lm.config._attn_implementation.startswith("paged|"):
@@ -243,6 +243,35 @@ class Decoder:
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def period_of(kinds: Sequence[str]) -> int:
+    """Layers in the shortest pattern that makes `kinds` when it is said two or more times; 1 where none does.
+
+    Less than one pattern may be left over after the last, and differ.
+    """
+    depth = len(kinds)
+    for period in range(1, depth // 2 + 1):
+        times = depth // period
+        if list(kinds[: times * period]) == times * list(kinds[:period]):
+            return period
+    return 1
+
+
+def middle_third(kinds: Sequence[str]) -> tuple[int, int]:
+    """Half-open range of about a third of the layers, in the middle, rounded to whole periods and towards layer 0.
+
+    A base that was not pre-trained with loops expects in its first layers what the embedding gives, and makes in its
+    last layers what the head reads. Its middle layers read and write alike.
+
+    Args:
+        kinds: of every decoder layer, in order.
+    """
+    depth, period = len(kinds), period_of(kinds)
+    length = period * max(1, round(depth / (3 * period)))
+    first = (depth - length) // 2
+    first -= first % period
+    return first, first + length
 
 
 PARTS: dict[str, Callable[[Any], Any]] = {

@@ -66,6 +66,7 @@ def hybrid(
     sleep = SleepConfig(
         window_size=window_size,
         sleep_passes=sleep_passes,
+        loop_layers=(0, layers),
         block_kind=block_kind,
         block_layers=tuple(range(layers)),
         block_num_heads=heads,

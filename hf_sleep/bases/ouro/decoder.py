@@ -1,5 +1,7 @@
 """Ouro's adapter: a sleep's passes are its loops."""
 
+from transformers import PreTrainedConfig
+
 from ...registry import register_base
 from ..decoder import Decoder
 
@@ -13,6 +15,11 @@ class OuroDecoder(Decoder):
 
     norm_every_pass = True
     default_between = "none"
+
+    @classmethod
+    def default_loop_layers(cls, config: PreTrainedConfig) -> tuple[int, int]:
+        """All of them, as in its pre-training."""
+        return 0, config.num_hidden_layers
 
     @property
     def base_loops(self) -> int:
