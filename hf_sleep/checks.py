@@ -25,6 +25,15 @@ def require_int(field: str, value: object, least: int) -> None:
         raise reject(field, value, f"it must be an integer of at least {least}")
 
 
+def require_range(field: str, value: object) -> tuple[float, float]:
+    """Return `value`, two finite numbers above zero, the smaller one first, as a tuple, or raise `ValueError`."""
+    items = tuple(value) if isinstance(value, tuple | list) else ()
+    numbers = all(isinstance(item, int | float) and not isinstance(item, bool) for item in items)
+    if len(items) != 2 or not numbers or not 0 < items[0] <= items[1] < math.inf:
+        raise reject(field, value, "it must be two positive numbers, the smaller one first, such as (0.25, 16.0)")
+    return float(items[0]), float(items[1])
+
+
 def require_int_tuple(field: str, value: object) -> tuple[int, ...]:
     """Return `value` as a tuple of integers, or raise `ValueError`."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):

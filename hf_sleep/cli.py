@@ -27,20 +27,22 @@ app = typer.Typer(
 )
 
 
-def _integers(separator: str) -> Callable[[str], tuple[int, ...]]:
-    def read(value: str) -> tuple[int, ...]:
+def _row(kind: type[int] | type[float], separator: str) -> Callable[[str], tuple[float, ...]]:
+    def read(value: str) -> tuple[float, ...]:
         try:
-            return tuple(int(part) for part in value.split(separator))
+            return tuple(kind(part) for part in value.split(separator))
         except ValueError:
-            raise typer.BadParameter(f"{value!r} is not a row of integers with {separator!r} between them") from None
+            numbers = "integers" if kind is int else "numbers"
+            raise typer.BadParameter(f"{value!r} is not a row of {numbers} with {separator!r} between them") from None
 
     return read
 
 
 # How the settings are read that are no single number or word.
 ROWS: dict[str, dict[str, Any]] = {
-    "loop_layers": {"metavar": "A:B", "parser": _integers(":")},
-    "block_layers": {"metavar": "A,B,...", "parser": _integers(",")},
+    "loop_layers": {"metavar": "A:B", "parser": _row(int, ":")},
+    "block_layers": {"metavar": "A,B,...", "parser": _row(int, ",")},
+    "block_half_lives": {"metavar": "A:B", "parser": _row(float, ":")},
 }
 
 
@@ -50,7 +52,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in SETTINGS.items():
         numbers = [kind for kind in (int, float) if type(field.default) is kind or field.type == kind | None]
         kind: Any = numbers[0] if numbers else str
-        default = "" if field.default is None else f" [default: {field.default}]"
+        shown = ":".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "" if shown is None else f" [default: {shown}]"
         option = typer.Option(help=field.metadata["help"] + default, show_default=False, **ROWS.get(name, {}))
         annotation = Annotated[kind | None, option]
         options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))

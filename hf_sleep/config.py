@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .checks import is_whole, reject, require_int, require_int_tuple
+from .checks import is_whole, reject, require_int, require_int_tuple, require_range
 from .registry import BETWEEN, BLOCKS, EVICTIONS
 from .version import __version__
 
@@ -27,7 +27,7 @@ def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-BEFORE = {"between": "none"}
+BEFORE = {"between": "none", "block_half_lives": None}
 """What a config means that was written before a field came whose default is another."""
 
 
@@ -92,6 +92,11 @@ class SleepConfig:
     block_head_dim: int | None = _setting(None, "Key width of a head, K. By default the base's own head_dim.")
     block_expand_v: float = _setting(2.0, "Value width of a head over its key width, V / K.")
     block_conv_size: int = _setting(4, "Taps of the short convolutions, W, in tokens.")
+    block_half_lives: tuple[float, float] | None = _setting(
+        (0.25, 16.0),
+        "Shortest and longest half-life of a block's heads at first, in windows, the others evenly spaced between them "
+        "in the logarithm. None: the kind's own, Mamba's for gated_delta_net and jet.",
+    )
     version: str = __version__
 
     def __post_init__(self) -> None:
@@ -106,6 +111,10 @@ class SleepConfig:
             if getattr(self, name) is not None:
                 row = require_int_tuple(f"SleepConfig.{name}", getattr(self, name))
                 object.__setattr__(self, name, row)  # a frozen dataclass has no other way
+        if self.block_half_lives is not None:
+            object.__setattr__(
+                self, "block_half_lives", require_range("SleepConfig.block_half_lives", self.block_half_lives)
+            )
         for name, registry in REGISTRIES.items():
             if (name, getattr(self, name)) == ("between", None):
                 continue
@@ -247,6 +256,7 @@ class SleepConfig:
             values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(SleepConfig)}
             kept = ["loop_layers", *BUILT_FIELDS]
             asked = {k: v for k, v in values.items() if k not in kept or v != getattr(default, k)}
+        asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
         for name in BUILT_FIELDS:
             if name in asked and asked[name] != getattr(self, name):
                 works = f"the checkpoint's blocks have {name}={getattr(self, name)!r}. Leave it out"

@@ -56,6 +56,7 @@ PAPER = {
     "eval_problems": 1600,
     "whole_model": True,
     "checkpointing": True,
+    "block_half_lives": [0, 0],
 }
 OURO = PAPER | {
     "model": "ByteDance/Ouro-1.4B",
@@ -73,6 +74,7 @@ SMOLLM2 = PAPER | {
     "batch_size": 128,
     "gradient_accumulation_steps": 2,
     "steps": 300,
+    "block_half_lives": None,
 }
 PRESETS = {
     "small": {},
@@ -85,7 +87,7 @@ PRESETS = {
 }
 SLEEP_FIELDS = (
     *("window_size", "sleep_passes", "eviction", "num_sink_tokens"),
-    *("loop_layers", "num_blocks", "block_num_heads", "block_head_dim"),
+    *("loop_layers", "num_blocks", "block_num_heads", "block_head_dim", "block_half_lives"),
 )
 
 
@@ -109,6 +111,9 @@ class Arguments(InParts):
     )
     block_num_heads: int | None = argument(None, "of a new block; None: a third of the width")
     block_head_dim: int | None = argument(None, "of a new block; None: the base's")
+    block_half_lives: list[float] | None = argument(
+        None, "shortest and longest of a new block's heads at first, in windows; 0 0: Mamba's; None: the library's"
+    )
     ops: list[int] = argument([1, 4], "fewest and most operations")
     tokens: list[int] = argument([0, 0], "fewest and most of a prompt, with distractors; 0 0: none")
     steps: int = argument(60, "optimizer steps")
@@ -129,7 +134,7 @@ class Arguments(InParts):
     output: Path = argument(Path("runs/finetune_gsm"), "a folder")
 
     def __post_init__(self) -> None:
-        for name in ("loop_layers", "ops", "tokens"):
+        for name in ("loop_layers", "block_half_lives", "ops", "tokens"):
             require_pair(name.replace("_", "-"), getattr(self, name))
 
 
@@ -158,6 +163,8 @@ class Generation(GenerationEvaluation):
 
 def load(options: Arguments) -> SleepForCausalLM:
     sleep = {name: getattr(options, name) for name in SLEEP_FIELDS if getattr(options, name) is not None}
+    if options.block_half_lives == [0, 0]:
+        sleep["block_half_lives"] = None  # the kind's own
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
     if model.config.base_model_name_or_path == options.model:
         for block in model.fast_weights.values():

@@ -80,6 +80,7 @@ def test_a_checkpoint_is_described_as_it_was_saved(checkpoint: str) -> None:
         ("--block-head-dim", "4", "block_head_dim", 4),
         ("--block-expand-v", "1.5", "block_expand_v", 1.5),
         ("--block-conv-size", "3", "block_conv_size", 3),
+        ("--block-half-lives", "0.5:8", "block_half_lives", [0.5, 8.0]),
     ],
 )
 def test_every_option_sets_its_field(base: str, option: str, value: str, field: str, expected: object) -> None:
@@ -200,6 +201,7 @@ def test_the_help_shows_the_defaults_of_the_library() -> None:
     for name, field in SETTINGS.items():
         assert f"--{name.replace('_', '-')} " in text
         default = getattr(SleepConfig(), name)
+        default = ":".join(map(str, default)) if isinstance(default, tuple) else default
         shown = re.search(rf"{re.escape(field.metadata['help'])}(?: \[default: (\S+)\])?", text)
         assert shown
         assert shown[1] == (None if default is None else str(default))

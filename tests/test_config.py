@@ -63,6 +63,24 @@ IMPOSSIBLE = {
     "head_dim -8": ({"block_head_dim": -8}, "block_head_dim=-8", "at least 1", {"block_head_dim": 8}),
     "conv 1": ({"block_conv_size": 1}, "block_conv_size=1", "at least 2", {"block_conv_size": 2}),
     "expand 0": ({"block_expand_v": 0}, "block_expand_v=0", "positive", {"block_expand_v": 1}),
+    "half-lives descending": (
+        {"block_half_lives": (4.0, 1.0)},
+        "block_half_lives=(4.0, 1.0)",
+        "two positive numbers, the smaller one first",
+        {"block_half_lives": (1.0, 4.0)},
+    ),
+    "half-life 0": ({"block_half_lives": (0, 1)}, "block_half_lives=(0, 1)", "positive", {"block_half_lives": (1, 1)}),
+    "half-lives of one": ({"block_half_lives": (1,)}, "block_half_lives=(1,)", "two", {"block_half_lives": [1, 2.5]}),
+    "half-life number": ({"block_half_lives": 2.0}, "block_half_lives=2.0", "two", {"block_half_lives": None}),
+    "half-lives bool": ({"block_half_lives": (True, 2)}, "block_half_lives=(True, 2)", "two positive numbers", {}),
+    "half-lives str": ({"block_half_lives": "ab"}, "block_half_lives='ab'", "two positive numbers", {}),
+    "half-life inf": (
+        {"block_half_lives": (1, float("inf"))},
+        "block_half_lives=(1, inf)",
+        "such as (0.25, 16.0)",
+        {"block_half_lives": (1, 1e6)},
+    ),
+    "half-life nan": ({"block_half_lives": (float("nan"), 1)}, "block_half_lives=(nan, 1)", "positive", {}),
     "expand str": ({"block_expand_v": "2"}, "block_expand_v='2'", "positive number", {"block_expand_v": 2}),
 }
 
@@ -256,6 +274,7 @@ FULL = SleepConfig(
     block_head_dim=4,
     block_expand_v=1.5,
     block_conv_size=3,
+    block_half_lives=[1, 8],
 )
 
 
@@ -281,6 +300,28 @@ def test_every_field_but_the_version_carries_its_help():
 def test_a_config_survives_json(sleep, resolved):
     sleep = sleep.resolve(make_base("llama").config) if resolved else sleep
     assert SleepConfig.from_dict(json.loads(json.dumps(sleep.to_dict()))) == sleep
+
+
+def test_a_config_from_before_there_were_half_lives_means_the_kinds_own():
+    """Its blocks began so; a dictionary that nobody saved means the default."""
+    written = FULL.to_dict()
+    assert written.pop("block_half_lives") == [1.0, 8.0]
+    old = SleepConfig.from_dict(written)
+    assert old == dataclasses.replace(FULL, block_half_lives=None)
+    assert SleepConfig.from_dict(old.to_dict()) == old
+    assert SleepConfig.from_dict({"window_size": 64}) == SleepConfig(window_size=64)
+    # Other settings than the blocks' may be asked of it in either form.
+    for asked in ({"sleep_passes": 5}, SleepConfig(window_size=64, sleep_passes=5)):
+        assert old.changed(asked).block_half_lives is None
+        assert old.changed(asked).sleep_passes == 5
+
+
+def test_settings_of_the_blocks_are_compared_by_value():
+    """A list, as JSON has it, is the tuple that it stands for."""
+    asked = {"block_layers": [0, 2], "block_half_lives": [1.0, 8.0], "sleep_passes": 4}
+    assert FULL.changed(asked) == dataclasses.replace(FULL, sleep_passes=4)
+    with pytest.raises(ValueError, match=r"block_half_lives=\(1.0, 9.0\) cannot work: the checkpoint's blocks have"):
+        FULL.changed({"block_half_lives": [1.0, 9.0]})
 
 
 @pytest.mark.parametrize("family", ["llama_yarn", "gemma3", "qwen3_next"])

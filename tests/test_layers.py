@@ -1,7 +1,10 @@
 """Fast-weight blocks: the contract of their mixers, over those of the package and one from outside it."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from families import make_base, randomize, tokens
 from torch import nn
 from transformers import initialization as init
@@ -175,6 +178,109 @@ def test_an_unknown_block_is_refused_with_what_works():
         sleep_config()
     register_block("mine")(Mine)
     assert sleep_config().block_kind == "mine"
+
+
+# Half-lives at first.
+
+DECAYING = ("gated_delta_net", "jet")
+
+
+def fresh_block(kind: str, half_lives: tuple[float, float] | None, heads: int = 5, seed: int = 0) -> FastWeightBlock:
+    block = FastWeightBlock(kind, **SIZES | {"num_heads": heads}, half_lives=half_lives)
+    block.init_weights(0.02, torch.Generator().manual_seed(seed))
+    return block
+
+
+def measured(block: FastWeightBlock, a: float = 0.0) -> torch.Tensor:
+    """Half-life of each head (tokens) where a(x) is `a`."""
+    x = torch.ones(1, 1, SIZES["hidden_size"], dtype=block.norm.weight.dtype)
+    with torch.no_grad():
+        block.mixer.a_proj.weight.fill_(a / SIZES["hidden_size"])
+        return -math.log(2) / block.mixer.decay(x)[0, 0]
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(1, [16.0]), (2, [2.0, 128.0]), (4, [2.0, 8.0, 32.0, 128.0])])
+@pytest.mark.parametrize("kind", DECAYING)
+def test_half_lives_are_spread_evenly_in_the_logarithm(kind, heads, expected):
+    wide = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(measured(fresh_block(kind, (2.0, 128.0), heads)), wide.float(), rtol=1e-5, atol=0)
+    block = FastWeightBlock(kind, **SIZES | {"num_heads": heads}, half_lives=(2.0, 128.0)).double()
+    block.init_weights(0.02)
+    torch.testing.assert_close(measured(block), wide, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("half_lives", [(0.05, 0.5), (1e3, 1e7), (7.0, 7.0)])
+@pytest.mark.parametrize("kind", DECAYING)
+def test_very_short_and_very_long_half_lives_are_as_exact(kind, half_lives):
+    block = fresh_block(kind, half_lives, heads=2)
+    torch.testing.assert_close(measured(block), torch.tensor(half_lives), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_half_of_what_is_held_is_left_after_a_half_life(kind):
+    """Through the recurrence, over tokens that write nothing."""
+    block = FastWeightBlock(kind, **SIZES | {"num_heads": 5}, half_lives=(2.0, 32.0)).double()
+    block.init_weights(0.02)
+    fast_weights = block.empty(1, torch.device("cpu"), torch.float64)
+    held = torch.randn(fast_weights.recurrent_state.shape, dtype=torch.float64)
+    for head, tokens_read in enumerate((2, 4, 8, 16, 32)):
+        _, after = block(
+            torch.zeros(1, tokens_read, 12, dtype=torch.float64), fast_weights._replace(recurrent_state=held)
+        )
+        torch.testing.assert_close(after.recurrent_state[:, head], held[:, head] / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_the_input_divides_a_half_life_by_e_to_the_a_in_both_directions(kind):
+    nominal = measured(fresh_block(kind, (50.0, 5000.0)))
+    for a in (-3.0, -1.0, 1.0, 3.0):
+        torch.testing.assert_close(
+            measured(fresh_block(kind, (50.0, 5000.0)), a), nominal * math.exp(-a), rtol=0.15, atol=0
+        )
+    assert (measured(fresh_block(kind, (50.0, 5000.0)), 10.0) < 1).all()
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_on_random_inputs_the_median_is_near_what_was_asked(kind):
+    block = FastWeightBlock(kind, 256, 3, 4, 1.0, 4, half_lives=(8.0, 512.0))
+    block.init_weights(0.02, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1000, 256, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        half_lives = -math.log(2) / block.mixer.decay(block.norm(x))[0]
+    torch.testing.assert_close(half_lives.median(0).values, torch.tensor([8.0, 64.0, 512.0]), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_without_half_lives_the_gates_are_mambas_and_nothing_else_differs(kind):
+    plain, spread = (dict(fresh_block(kind, asked, heads=64).named_parameters()) for asked in (None, (2.0, 128.0)))
+    drawn = FastWeightBlock(kind, **SIZES | {"num_heads": 64}).mixer
+    drawn.draw_weights(0.02, torch.Generator().manual_seed(0))
+    gates = [f"mixer.{name}" for name in ("A_log", "dt_bias")]
+    for name in gates:
+        assert torch.equal(plain[name], drawn.get_parameter(name.removeprefix("mixer.")))
+    assert all(torch.equal(value, plain[name]) for name, value in spread.items() if name not in gates)
+    rate, step = plain[gates[0]].exp(), F.softplus(plain[gates[1]])
+    assert 0 < rate.min() < 2 < 14 < rate.max() < 16
+    assert 0.99e-3 < step.min() < 2e-3 < 0.05 < step.max() < 0.101
+    assert 2 < (math.log(2) / (rate * step)).median() < 20
+
+
+class Told(Mine):
+    """Keeps what half-lives it is told."""
+
+    def init_half_lives(self, half_lives):
+        assert not self.out.weight.any()
+        self.told = half_lives
+
+
+def test_a_mixer_from_outside_is_told_its_half_lives_or_has_none():
+    asked, unasked = (dict(fresh_block("mine", half_lives).named_parameters()) for half_lives in ((2.0, 8.0), None))
+    assert all(torch.equal(value, unasked[name]) for name, value in asked.items())
+    del BLOCKS._classes["mine"]
+    register_block("mine")(Told)
+    told = fresh_block("mine", (2.0, 8.0), heads=3).mixer.told
+    torch.testing.assert_close(told, torch.tensor([2.0, 4.0, 8.0], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert not hasattr(fresh_block("mine", None).mixer, "told")
 
 
 @pytest.mark.parametrize("passes", [1, 3])

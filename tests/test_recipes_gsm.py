@@ -281,7 +281,7 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
             True,
             True,
         )
-        assert (options.ops, options.tokens) == ([1, 8], [2000, 3300])
+        assert (options.ops, options.tokens, options.block_half_lives) == ([1, 8], [2000, 3300], [0, 0])
         assert len(GSMInfinite(tokenizer, window_size=options.window_size).example(0)["input_ids"]) >= 2000
     jet, ouro, sliding = presets.values()
     assert (jet.window_size, jet.sleep_passes, jet.loop_layers, jet.eviction) == (2000, 6, [7, 21], "hard")
@@ -302,6 +302,11 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
     recipe("finetune_gsm").load(sliding)
     sleep = SleepConfig(**seen).resolve(published)
     assert (sleep.num_blocks, sleep.block_num_heads, sleep.block_head_dim) == (6, 12, 96)
+    assert sleep.block_half_lives is None
+    recipe("finetune_gsm").load(parse(["--block-half-lives", "0.5", "8"]))
+    assert SleepConfig(**seen).block_half_lives == (0.5, 8.0)
+    for preset in ("small", "smollm2", "smollm2-sliding"):
+        assert parse(["--preset", preset]).block_half_lives is None
     assert parse(["--preset", "paper-ouro", "--steps", "7", "--no-bf16"]).steps == 7
     assert not parse(["--preset", "paper-ouro", "--no-bf16"]).bf16
     assert parse([]).model == ".demo/SmolLM2-135M-Instruct"

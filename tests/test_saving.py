@@ -407,12 +407,18 @@ def dirty_memory():
 def assert_fresh(model: SleepForCausalLM, *, but: frozenset[str] = frozenset()) -> None:
     """Blocks as a retrofit makes them; the parameters named in `but` are not looked at."""
     assert model.fast_weights
+    sleep = model.config.sleep
     for name, parameter in model.fast_weights.named_parameters():
         if f"fast_weights.{name}" in but:
             continue
         values = parameter.detach().float()
         assert values.isfinite().all(), name
-        if name.endswith("A_log"):
+        if name.endswith(("A_log", "dt_bias")) and sleep.block_half_lives is not None:
+            assert parameter.dtype == torch.float32
+            half_lives = math.log(2) / F.softplus(values) if name.endswith("dt_bias") else values.exp()
+            ends = torch.tensor(sleep.block_half_lives) * sleep.window_size
+            torch.testing.assert_close(half_lives, ends if name.endswith("dt_bias") else torch.ones(2))
+        elif name.endswith("A_log"):
             assert parameter.dtype == torch.float32
             assert math.log(1e-4) <= values.min() <= values.max() <= math.log(16)
         elif name.endswith("dt_bias"):
@@ -431,12 +437,13 @@ def assert_fresh(model: SleepForCausalLM, *, but: frozenset[str] = frozenset()) 
             assert values.std() > 0, name
 
 
+@pytest.mark.parametrize("half_lives", [(0.5, 4.0), None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", registry.BLOCKS.names())
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "ouro", "jet_nemotron"])
-def test_a_model_made_from_its_config_is_an_untrained_retrofit(family, kind, dtype, dirty_memory):
+def test_a_model_made_from_its_config_is_an_untrained_retrofit(family, kind, dtype, half_lives, dirty_memory):
     text = make_base(family).config
-    sleep = SleepConfig(window_size=L, block_kind=kind, **BLOCKS)
+    sleep = SleepConfig(window_size=L, block_kind=kind, block_half_lives=half_lives, **BLOCKS)
     models = [AutoModelForCausalLM.from_config(SleepLMConfig(text_config=text, sleep=sleep), dtype=dtype)]
     if dtype == "float32":
         models.append(SleepForCausalLM(SleepLMConfig(text_config=text, sleep=sleep)))
@@ -446,6 +453,59 @@ def test_a_model_made_from_its_config_is_an_untrained_retrofit(family, kind, dty
         assert all(p.isfinite().all() for p in model.parameters())
         ids = IDS[:, :L]
         assert torch.equal(model(ids).logits, model.lm(ids).logits)
+
+
+@pytest.mark.parametrize("made", ["retrofit", "config", "init_weights"])
+@pytest.mark.parametrize("window_size", [4, 20])
+def test_half_lives_are_in_windows_whoever_sets_first_values(made, window_size):
+    sleep = SleepConfig(window_size=window_size, block_half_lives=(0.5, 8.0), **BLOCKS | {"block_num_heads": 3})
+    if made == "config":
+        model = SleepForCausalLM(SleepLMConfig(text_config=make_base("llama").config, sleep=sleep))
+    else:
+        model = SleepForCausalLM.from_base(make_base("llama"), sleep)
+    for block in model.fast_weights.values():
+        if made == "init_weights":
+            block.init_weights(0.5)
+        with torch.no_grad():
+            half_lives = -math.log(2) / block.mixer.decay(torch.zeros(1, 1, 32))[0, 0]
+        torch.testing.assert_close(half_lives, window_size * torch.tensor([0.5, 2.0, 8.0]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("only_sleep", [False, True])
+def test_half_lives_at_first_are_saved_and_are_what_they_are(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"), sleep=SleepConfig(window_size=L, block_half_lives=(0.5, 4.0), **BLOCKS))
+    with torch.no_grad():
+        for block in model.fast_weights.values():
+            block.mixer.dt_bias.add_(1.0)  # it has learned since
+    with pytest.raises(ValueError, match=r"block_half_lives=\(1.0, 2.0\) cannot work: the checkpoint's blocks have"):
+        model.sleeping(block_half_lives=(1.0, 2.0)).__enter__()
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    loaded = AutoModelForSleepLM.from_pretrained(tmp_path, sleep=SleepConfig(window_size=2 * L))
+    assert loaded.config.sleep.block_half_lives == (0.5, 4.0)
+    assert_same_weights(loaded, model)
+    with pytest.raises(ValueError, match=r"block_half_lives=None cannot work"):
+        AutoModelForSleepLM.from_pretrained(tmp_path, sleep={"block_half_lives": None})
+
+
+@pytest.mark.parametrize("only_sleep", [False, True])
+def test_a_checkpoint_from_before_there_were_half_lives_loads_as_it_was(only_sleep, bases, tmp_path):
+    model = retrofit(bases("llama"), sleep=SleepConfig(window_size=L, block_half_lives=None, **BLOCKS))
+    model.save_pretrained(tmp_path, only_sleep=only_sleep)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["sleep"]["block_half_lives"]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    state = SleepState.from_cache(model, model(IDS, use_cache=True).cache)
+    for sleep in (None, SleepConfig(window_size=L), {"sleep_passes": 3}):
+        loaded = AutoModelForSleepLM.from_pretrained(tmp_path, sleep=sleep)
+        assert loaded.config.sleep.block_half_lives is None
+        assert_same_weights(loaded, model)
+        state.to_cache(loaded)
+    loaded.save_pretrained(tmp_path / "again", only_sleep=only_sleep)
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))["sleep"]["block_half_lives"]
+        is None
+    )
 
 
 def without(folder: Path, names: set[str]) -> None:

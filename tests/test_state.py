@@ -626,10 +626,12 @@ def block_values(model: SleepForCausalLM) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.fast_weights.named_parameters()}
 
 
+@pytest.mark.parametrize("half_lives", [(0.25, 16.0), None])
 @pytest.mark.parametrize("kind", ["jet", "gated_delta_net"])
-def test_fresh_blocks_follow_from_the_base_alone(kind):
+def test_fresh_blocks_follow_from_the_base_alone(kind, half_lives):
     def fresh(seed=0, dtype=torch.float32):
-        return SleepForCausalLM.from_base(make_base("llama", dtype, seed), sleep_config("llama", block_kind=kind))
+        sleep = sleep_config("llama", block_kind=kind, block_half_lives=half_lives)
+        return SleepForCausalLM.from_base(make_base("llama", dtype, seed), sleep)
 
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -638,9 +640,11 @@ def test_fresh_blocks_follow_from_the_base_alone(kind):
     again, other = block_values(fresh()), block_values(fresh(seed=1))
     drawn = [name for name, value in mine.items() if not torch.equal(value, other[name])]
     assert all(torch.equal(value, again[name]) for name, value in mine.items())
-    # All but ones, zeros and the identity are drawn, by layer and with the spread that they ought to have.
+    # All but ones, zeros, the identity and half-lives are drawn, by layer and with the spread that they ought to have.
     for layer in ("0", "2"):
-        assert {f"{layer}.mixer.{name}" for name in ("q_proj.weight", "A_log", "dt_bias")} <= set(drawn)
+        gates = {f"{layer}.mixer.{name}" for name in ("A_log", "dt_bias")}
+        assert gates & set(drawn) == (set() if half_lives else gates)
+        assert f"{layer}.mixer.q_proj.weight" in drawn
         assert abs(mine[f"{layer}.mixer.q_proj.weight"].std() - 0.02) < 0.002
     assert not any(torch.equal(mine[name], mine[name.replace("0.", "2.", 1)]) for name in drawn if name[0] == "0")
     # The same in another dtype, rounded to it; gates are kept wide.

@@ -1,5 +1,6 @@
 """SleepTrainer: what its arguments change, evaluation by difficulty, resuming to the last digit, what it refuses."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -416,6 +417,23 @@ def test_another_run_s_checkpoint_is_refused_before_anything_changes(fields, mes
         trainer.train(resume_from_checkpoint=folder)
     assert same(weights(model), before)
     assert trainer.optimizer is None
+
+
+def test_a_run_from_before_there_were_half_lives_continues(tmp_path):
+    """They are of first values alone."""
+    callbacks, folder = [SleepPassesSchedule(1, 2, steps=2)], tmp_path / "checkpoint-2"
+    checkpointed(tmp_path)
+    for name in ("config.json", "trainer_state.json"):
+        written = json.loads((folder / name).read_text(encoding="utf-8"))
+        is_config = name == "config.json"
+        sleep = (written if is_config else written["stateful_callbacks"]["SleepRecord"]["attributes"])["sleep"]
+        del sleep["block_half_lives"]
+        (folder / name).write_text(json.dumps(written), encoding="utf-8")
+    for half_lives in ((0.25, 16.0), None):
+        model = tiny(block_half_lives=half_lives)
+        trainer = trainer_of(tmp_path / "on", model, callbacks=callbacks, max_steps=3)
+        trainer.train(resume_from_checkpoint=str(folder))
+        assert trainer.state.global_step == 3
 
 
 def test_an_adapters_checkpoint_of_another_sleep_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The fast-weight block that a retrofit injects between two decoder layers, and the contract of what it is made of."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -92,6 +93,16 @@ class FastWeightMixer(nn.Module):
                 init.normal_(module.weight, std=std, generator=generator)
         init.zeros_(self.o_proj.weight)
 
+    def init_half_lives(self, half_lives: torch.Tensor) -> None:
+        """Set, after `init_weights`, how slowly each head forgets at first.
+
+        As it is, it does nothing: for a mixer without a decay per head. Use `transformers.initialization`, as there.
+
+        Args:
+            half_lives: float64 `[H]` on the CPU, in tokens: where nothing is written, half of a head is left after so
+                many.
+        """
+
     @property
     def is_untrained(self) -> bool:
         """Tell whether `forward` is known to return zero. Reads parameters: call it rarely."""
@@ -116,6 +127,8 @@ class FastWeightBlock(nn.Module):
         expand_v: V / K.
         conv_size: W (tokens).
         norm_eps: of the input norm.
+        half_lives: the shortest and the longest of a head at first (tokens), the others evenly spaced in the logarithm
+            between them, and a single head's in the middle; `None`: as the mixer's `init_weights` sets them.
 
     Source: Lee et al. 2026, §4 (Jet layers without MLP inserted into Ouro).
     """
@@ -129,10 +142,12 @@ class FastWeightBlock(nn.Module):
         expand_v: float,
         conv_size: int,
         norm_eps: float = 1e-6,
+        half_lives: tuple[float, float] | None = None,
     ):
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.mixer: FastWeightMixer = BLOCKS[kind](hidden_size, num_heads, head_dim, expand_v, conv_size)
+        self.half_lives = half_lives
 
     def empty(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> FastWeights:
         """The fast weights of a batch that has read nothing. `dtype` is the activations'."""
@@ -157,6 +172,8 @@ class FastWeightBlock(nn.Module):
             generator: to draw from; by default torch's own.
         """
         self.mixer.init_weights(std, generator)
+        if self.half_lives is not None:
+            self.mixer.init_half_lives(spread(*self.half_lives, self.mixer.num_heads))
         init.ones_(self.norm.weight)
 
     @property
@@ -168,6 +185,13 @@ class FastWeightBlock(nn.Module):
     def fp32_parameters(self) -> tuple[str, ...]:
         """Names, without a path, of the parameters that stay fp32 at least, whatever the model's dtype."""
         return self.mixer.fp32_parameters
+
+
+def spread(first: float, last: float, count: int) -> torch.Tensor:
+    """Float64 `[count]` from `first` to `last`, evenly spaced in the logarithm; of one, the middle."""
+    ratio = math.log(last) - math.log(first)
+    places = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
+    return torch.tensor([first * math.exp(ratio * place) for place in places], dtype=torch.float64, device="cpu")
 
 
 def keeping(fn: Callable, tensors: Iterable[torch.Tensor]) -> Callable:

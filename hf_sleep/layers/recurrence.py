@@ -116,6 +116,14 @@ class GatedDeltaMixer(FastWeightMixer):
         self.draw_weights(std, generator)
         init.zeros_(self.o_proj.weight)
 
+    def init_half_lives(self, half_lives: torch.Tensor) -> None:
+        # A = 1 and the half-life in dt_bias, far below zero, where softplus is an exponential: a(x) divides a half-life
+        # by e^a, up or down, until a head forgets within a token. With it in A, softplus would be near its linear part,
+        # and a(x) could hardly shorten a long one.
+        rate = math.log(2) / half_lives
+        init.zeros_(self.A_log)
+        init.copy_(self.dt_bias, rate + torch.log(-torch.expm1(-rate)))
+
     def draw_weights(self, std: float, generator: torch.Generator | None = None) -> None:
         """Set fresh parameters of a layer that a base has of its own, whose output is no zero.
 

@@ -25,6 +25,7 @@ class SleepPreTrainedModel(PreTrainedModel):
     def make_blocks(self) -> nn.ModuleDict:
         """Make the config's blocks, by the decoder layer that they follow. Their weights are anything."""
         sleep, text = self.config.sleep, self.config.text_config
+        half_lives = sleep.block_half_lives and tuple(windows * sleep.window_size for windows in sleep.block_half_lives)
         return nn.ModuleDict(
             {
                 str(layer): FastWeightBlock(
@@ -35,6 +36,7 @@ class SleepPreTrainedModel(PreTrainedModel):
                     sleep.block_expand_v,
                     sleep.block_conv_size,
                     getattr(text, "rms_norm_eps", 1e-6),
+                    half_lives,
                 )
                 for layer in sleep.block_layers
             }
