@@ -21,10 +21,11 @@ from transformers import Trainer, TrainerCallback
 
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.state import fingerprint
-from hf_sleep.training import SleepCollator, SleepPassesSchedule, SleepTrainer, SleepTrainingArguments
+from hf_sleep.training import SleepCollator, SleepPassesSchedule, SleepTrainer, SleepTrainingArguments, SpikeGuard
 
 RAGGED = (25, 5, 14, 9, 20, 3, 6, 11)
 SLIDING = {"eviction": "sliding", "num_sink_tokens": 1}
+GUARDED = {"lengths": RAGGED, "spike_factor": 1.001, "max_steps": 6}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 DDP = {
@@ -46,6 +47,7 @@ DDP = {
     },
     "muon": {"muon_learning_rate": 1e-2},
     "schedule": {"drawn_passes": True},
+    "spikes": GUARDED,
     "evaluated_first": {"evaluate_first": True},
     "evaluated_first_in_bf16": {"evaluate_first": True, "bf16": True, "dtype": torch.float32, "max_steps": 1},
     "saved": SAVING,
@@ -67,6 +69,7 @@ FSDP = {
     "ragged_left": {"lengths": RAGGED, "padding_side": "left", "backprop_windows": 2},
     "accumulation": {"lengths": RAGGED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "schedule": {"drawn_passes": True},
+    "spikes": GUARDED,
     "bf16": {"dtype": torch.float32, "bf16": True, "max_steps": 1},
     "saved": SAVING | MUON,
     "resumed": SAVING | MUON | {"resume": "saved"},
@@ -130,6 +133,7 @@ def make_trainer(folder, fsdp=False, **case):
     } | case
     own = {key: case.pop(key) for key in ("family", "sleep", "dtype", "lengths", "answers_only", "plain")}
     padding_side, drawn = case.pop("padding_side"), case.pop("drawn_passes")
+    spike_factor = case.pop("spike_factor", None)
     collator = AllLabels if case.pop("all_labels") else SleepCollator
     case["per_device_train_batch_size"] *= 2 // world
     args = {
@@ -160,7 +164,10 @@ def make_trainer(folder, fsdp=False, **case):
     if own["plain"]:
         args["ddp_find_unused_parameters"] = None  # as in TrainingArguments
     arguments = sharded(args) if fsdp else SleepTrainingArguments(**args)
-    return (Trainer if own["plain"] else SleepTrainer)(model, arguments, **given), recorder
+    trainer = (Trainer if own["plain"] else SleepTrainer)(model, arguments, **given)
+    if spike_factor is not None:
+        trainer.add_callback(SpikeGuard(trainer, spike_factor, window=1))
+    return trainer, recorder
 
 
 def run(folder, fsdp=False, resume=None, exact_muon=False, evaluate=False, evaluate_first=False, **case):
@@ -177,6 +184,7 @@ def run(folder, fsdp=False, resume=None, exact_muon=False, evaluate=False, evalu
         "loss": [entry["loss"] for entry in logs],
         "grad_norm": [entry["grad_norm"] for entry in logs],
         "passes": recorder.passes,
+        "skipped": [entry["skipped_steps"] for entry in trainer.state.log_history if "skipped_steps" in entry],
         "eval_loss": trainer.evaluate()["eval_loss"] if evaluate else None,
     }
     return result, trainer.accelerator.get_state_dict(trainer.model_wrapped), trainer

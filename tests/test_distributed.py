@@ -105,6 +105,7 @@ def assert_same_run(launched, name, case, alone):
         assert ranks[name]["loss"] == pytest.approx(result["loss"], abs=LOSS)
         assert ranks[name]["grad_norm"] == pytest.approx(result["grad_norm"], rel=tolerance)
         assert ranks[name]["passes"] == result["passes"][-steps:]
+        assert ranks[name]["skipped"] == result["skipped"]
     theirs = torch.load(launched.folder / f"{name}.pt")
     assert theirs.keys() == weights.keys()
     for key, tensor in weights.items():
@@ -133,6 +134,13 @@ def test_n_is_drawn_alike_on_every_rank(ddp, fsdp):
         first, second = (ranks["schedule"]["passes"] for ranks in launched.ranks)
         assert first == second
         assert len(set(first)) > 1
+
+
+def test_all_ranks_skip_a_spike(ddp, fsdp):
+    for launched in (ddp, fsdp):
+        first, second = (ranks["spikes"]["skipped"] for ranks in launched.ranks)
+        assert first == second
+        assert 0 < len(first) < DDP["spikes"]["max_steps"]
 
 
 def test_ranks_with_rows_of_other_lengths_evaluate_alike(fsdp, alone):

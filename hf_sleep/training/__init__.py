@@ -7,6 +7,7 @@ from .monitor import SleepMonitor
 from .optimizer import MuonAdamW, parameter_groups
 from .parameters import freeze_all_but_fast_weights
 from .schedules import DuringStep, HardEvictionWarmup, SleepPassesSchedule
+from .spikes import SpikeGuard
 from .trainer import SleepTrainer, SleepTrainingArguments
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SleepPassesSchedule",
     "SleepTrainer",
     "SleepTrainingArguments",
+    "SpikeGuard",
     "freeze_all_but_fast_weights",
     "parameter_groups",
 ]
