@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 from families import FAMILIES, make_model, sleep_config, tokens
+from peft import get_peft_model
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_sleep.training import MuonAdamW, parameter_groups
+from hf_sleep import sleep_lora_config
+from hf_sleep.training import MuonAdamW, freeze_all_but_fast_weights, parameter_groups
 
 HIDDEN = re.compile(
     r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|g_proj|a_proj|b_proj|in_proj(_\w+)?|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj|w1|w2"
@@ -81,6 +83,31 @@ def test_frozen_parameters_are_left_out():
     assert all(name.startswith("fast_weights.") for name in names)
 
 
+@pytest.mark.parametrize("muon", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_what_lies_between_passes_is_a_group_of_its_own(adapted, muon):
+    model = tiny(between="gate")
+    model.between.mix = torch.nn.Linear(4, 4)  # no matrix of Muon's, and not decayed
+    others = sum(p.requires_grad for name, p in model.named_parameters() if not name.startswith("between."))
+    wrapped = get_peft_model(model, sleep_lora_config(model)) if adapted else model
+    groups = parameter_groups(wrapped, muon)
+    assert [
+        name.rpartition("between.")[2].removeprefix("modules_to_save.default.") for name, _ in groups["between"]
+    ] == [
+        "gate",
+        "mix.weight",
+        "mix.bias",
+    ]
+    assert all(p.requires_grad for _, p in groups["between"])
+    assert not any("between" in name for kind in groups if kind != "between" for name, _ in groups[kind])
+    if not adapted:
+        assert sum(map(len, groups.values())) == others + 3
+        freeze_all_but_fast_weights(model)
+        assert len(parameter_groups(model, muon)["between"]) == 3
+        model.between.requires_grad_(False)
+        assert parameter_groups(model, muon)["between"] == []
+
+
 def test_without_muon_its_matrices_are_adamw_s():
     model = tiny()
     groups = parameter_groups(model, muon=False)
@@ -123,8 +150,28 @@ def test_it_is_torch_s_muon_and_adamw_under_one_scheduler(fused):
         assert not torch.equal(a, before[name]), name
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_gate_has_its_rate_and_no_decay(fused):
+    moved = {}
+    for rate, decay in ((1e-2, 0.0), (1e-2, 0.5), (3e-2, 0.0)):
+        model = tiny(between="gate", sleep_passes=2)
+        model.between.gate.data.zero_()
+        optimizer = optimizer_of(model, gate_lr=rate, weight_decay=decay, lr=1e-9, muon_lr=1e-9, fused=fused)
+        assert {group["kind"]: group["lr"] for group in optimizer.param_groups}["between"] == rate
+        gate = [model.between.gate.clone()]
+        for _ in range(2):
+            gradients(model, seed=0)
+            optimizer.step()
+            gate.append(model.between.gate.clone())
+        moved[rate, decay] = gate
+        # Adam's step is as large as its rate: some hundred of them open the gate.
+        torch.testing.assert_close(gate[1].abs(), torch.full_like(gate[1], rate), rtol=1e-3, atol=0)
+    for plain, decayed in zip(moved[1e-2, 0.0], moved[1e-2, 0.5], strict=True):
+        torch.testing.assert_close(plain, decayed, rtol=1e-3, atol=1e-7)
+
+
 def test_a_state_goes_on_to_the_last_digit():
-    model = tiny()
+    model = tiny(between="gate")
     optimizer = optimizer_of(model)
     scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
     for seed in range(3):
@@ -177,11 +224,12 @@ def test_a_closure_is_called_once_and_gradients_are_cleared():
             lambda: MuonAdamW(parameter_groups(tiny(), muon=False)), "another choice of what to train", id="optimizer"
         ),
         pytest.param(lambda: optimizer_of(tiny(block_layers=(0,))), "another model", id="fewer"),
+        pytest.param(lambda: optimizer_of(tiny(between="gate")), r"between.gate \[\d+\] \(between\)", id="gate"),
         pytest.param(lambda: AdamW(tiny().parameters()), "not written by MuonAdamW", id="plain"),
     ],
 )
 def test_another_model_s_state_is_refused_and_changes_nothing(other, message):
-    model = tiny()
+    model = tiny(between="none")
     optimizer = optimizer_of(model)
     gradients(model, seed=0)
     optimizer.step()

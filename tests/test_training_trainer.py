@@ -136,6 +136,21 @@ def test_an_argument_changes_the_result(fields, default, tmp_path):
     assert not same(default, trained(tmp_path, **fields))
 
 
+def test_the_gate_is_trained_at_its_own_rate(tmp_path):
+    gates = {}
+    for rate in (None, 3e-2):
+        model = tiny(between="gate", sleep_passes=2)
+        model.between.gate.data.zero_()
+        settings = {"gate_learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 1}
+        trainer = trainer_of(tmp_path / str(rate), model, save_strategy="steps", save_steps=1, **settings)
+        trainer.train()
+        gates[rate] = model.between.gate.abs().max().item()
+    assert gates == {None: pytest.approx(1e-2, rel=1e-2), 3e-2: pytest.approx(3e-2, rel=1e-2)}
+    again = trainer_of(tmp_path / "on", tiny(between="gate", sleep_passes=2), max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "None" / "checkpoint-1"))
+    assert again.state.global_step == 2
+
+
 def test_backpropagation_through_all_windows_is_the_full_one(default, tmp_path):
     windows = TASK.num_strings + 1
     assert same(default, trained(tmp_path, backprop_windows=windows))
@@ -538,6 +553,10 @@ def test_an_endless_stream_trains(tmp_path):
 def test_arguments_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="optim='adafactor' with muon_learning_rate"):
         arguments(tmp_path, optim="adafactor")
+    with pytest.raises(ValueError, match=r"optim='sgd' with gate_learning_rate=0\.1: .* Set gate_learning_rate=None"):
+        arguments(tmp_path, optim="sgd", muon_learning_rate=None, gate_learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"gate_learning_rate=0\.0 must be above 0, or None for 0\.01"):
+        arguments(tmp_path, gate_learning_rate=0.0)
     with pytest.raises(ValueError, match="backprop_windows=0 must be at least 1"):
         arguments(tmp_path, backprop_windows=0)
     with pytest.raises(ValueError, match=r"muon_learning_rate=0\.0 must be above 0, or None for AdamW"):

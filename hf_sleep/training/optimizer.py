@@ -9,6 +9,7 @@ from torch import nn
 
 Named = tuple[str, nn.Parameter]
 Signature = list[tuple[str, str, tuple[int, ...]]]
+GATE_LR = 1e-2
 
 
 def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
@@ -17,25 +18,28 @@ def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
     Muon takes the weights of linear layers, the head apart (tied or not), as long as they are matrices: a layer with
     one output is a vector. AdamW takes all else: embeddings, head, norms, biases, decay gates (`A_log`, `dt_bias`),
     taps of short convolutions, routers and fused experts. Of these only what has at least two dimensions is decayed.
+    What lies between two passes (`model.between`) is a group of its own, whatever its shapes: AdamW's, without decay.
 
     Args:
         model: a `SleepForCausalLM`, or anything else with its methods (a PEFT model of it).
         muon: whether Muon takes part; else its matrices are AdamW's.
 
     Returns:
-        `"adamw"`, `"adamw_no_decay"` and `"muon"`, each a list of name and parameter: every trainable parameter once,
-        frozen ones not at all.
+        `"adamw"`, `"adamw_no_decay"`, `"muon"` and `"between"`, each a list of name and parameter: every trainable
+        parameter once, frozen ones not at all.
 
     Source: Jordan et al. 2024 (Muon), for hidden matrices only; Lee et al. 2026 (arXiv 2605.26099), Muon for matrices.
     """
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     matrices = {id(module.weight) for module in linear if min(module.weight.shape) > 1}
-    groups: dict[str, list[Named]] = {"adamw": [], "adamw_no_decay": [], "muon": []}
+    groups: dict[str, list[Named]] = {"adamw": [], "adamw_no_decay": [], "muon": [], "between": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if muon and id(parameter) in matrices:
+        if "between" in name.split("."):
+            kind = "between"
+        elif muon and id(parameter) in matrices:
             kind = "muon"
         else:
             kind = "adamw" if parameter.ndim > 1 else "adamw_no_decay"
@@ -57,6 +61,8 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: AdamW's.
         weight_decay: decoupled, of Muon's matrices and AdamW's parameters with at least two dimensions.
         fused: AdamW's fused kernel.
+        gate_lr: learning rate of what lies between two passes. AdamW moves a parameter by about its rate per step, and
+            a gate has to go from 0 to about 1: at 1e-2 that is some hundred steps, at 5e-5 it would be 20,000.
 
     Raises:
         ValueError: no trainable parameters.
@@ -73,6 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-4,
         fused: bool = False,
+        gate_lr: float = GATE_LR,
     ):
         if not any(groups.values()):
             raise ValueError("nothing to optimize, every parameter is frozen: set requires_grad=True of some")
@@ -80,6 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "adamw": lambda g: torch.optim.AdamW(g, lr, betas, eps, weight_decay, fused=fused or None),
             "adamw_no_decay": lambda g: torch.optim.AdamW(g, lr, betas, eps, 0.0, fused=fused or None),
             "muon": lambda g: torch.optim.Muon(g, muon_lr, weight_decay),
+            "between": lambda g: torch.optim.AdamW(g, gate_lr, betas, eps, 0.0, fused=fused or None),
         }
         self._optimizers = {
             kind: makers[kind]([{"params": named, "kind": kind, "param_shapes": [tuple(p.shape) for _, p in named]}])

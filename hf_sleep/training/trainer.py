@@ -32,7 +32,7 @@ from ..modeling import SleepForCausalLM
 from ..packing import refuse_packed
 from .collator import SleepCollator, without_unpredicted
 from .evaluation import accuracy_by_difficulty
-from .optimizer import MuonAdamW, check_signature, parameter_groups
+from .optimizer import GATE_LR, MuonAdamW, check_signature, parameter_groups
 from .progress import TokensPerSecond
 from .records import SleepRecord, check_same_run
 from .schedules import DuringStep
@@ -54,6 +54,8 @@ class SleepTrainingArguments(TrainingArguments):
 
     Args:
         muon_learning_rate: of the hidden matrices; 2e-3 from scratch. `None`: AdamW for everything.
+        gate_learning_rate: of what lies between two passes, such as a gate, which is not decayed. `None`: 1e-2. A gate
+            moves by about its rate per step, and 5e-5 would never open it.
         backprop_windows: windows that gradients reach through: a row's graph is cut after every so many of its sleeps.
             `None`: all of them, as in the paper.
 
@@ -75,21 +77,24 @@ class SleepTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=1e-3, metadata={"help": "Learning rate of the hidden matrices; None: AdamW for everything."}
     )
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": f"Learning rate of what lies between two passes; None: {GATE_LR:g}."}
+    )
     backprop_windows: int | None = field(
         default=None, metadata={"help": "Windows that gradients reach through; None: all."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
-            raise ValueError(
-                f"muon_learning_rate={self.muon_learning_rate!r} must be above 0, or None for AdamW on everything"
-            )
-        if self.muon_learning_rate is not None and self.optim not in ADAMW:
-            raise ValueError(
-                f"optim={self.optim.value!r} with muon_learning_rate={self.muon_learning_rate}: "
-                "Muon comes with torch's AdamW. Set muon_learning_rate=None, or leave optim as it is"
-            )
+        for name, otherwise in (("muon_learning_rate", "AdamW on everything"), ("gate_learning_rate", f"{GATE_LR:g}")):
+            rate = getattr(self, name)
+            if rate is not None and rate <= 0:
+                raise ValueError(f"{name}={rate!r} must be above 0, or None for {otherwise}")
+            if rate is not None and self.optim not in ADAMW:
+                raise ValueError(
+                    f"optim={self.optim.value!r} with {name}={rate}: "
+                    f"that rate comes with torch's AdamW. Set {name}=None, or leave optim as it is"
+                )
         if self.backprop_windows is not None and self.backprop_windows < 1:
             raise ValueError(f"backprop_windows={self.backprop_windows!r} must be at least 1, or None for all")
 
@@ -193,6 +198,7 @@ class SleepTrainer(Trainer):
                 args.adam_epsilon,
                 args.weight_decay,
                 fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
+                gate_lr=GATE_LR if args.gate_learning_rate is None else args.gate_learning_rate,
             )
         return super().create_optimizer(model)
 
