@@ -5,7 +5,7 @@ from .bases import Decoder, JetNemotronConfig, JetNemotronForCausalLM, OuroConfi
 from .cache import SleepCache
 from .config import SleepConfig
 from .dtypes import default_dtype
-from .engine import Between, Eviction, PassPolicy, SleepEvent, UntilSettled, WithinSeconds
+from .engine import Between, Eviction, PassEvent, PassPolicy, SleepEvent, UntilSettled, WithinSeconds
 from .layers import FastWeightMixer
 from .lm_config import SleepLMConfig
 from .lora import sleep_lora_config
@@ -26,6 +26,7 @@ __all__ = [
     "JetNemotronForCausalLM",
     "OuroConfig",
     "OuroForCausalLM",
+    "PassEvent",
     "PassPolicy",
     "SleepCache",
     "SleepConfig",

@@ -29,7 +29,7 @@ from .engine.between import Between
 from .engine.eviction import Eviction
 from .engine.passes import PassPolicy
 from .engine.slots import RunningOrder, among
-from .engine.watch import Watchers
+from .engine.watch import PassEvent, Watchers
 from .engine.window import Append, Read, Span, Window
 from .memory import Carried, Counters, Memory
 
@@ -168,10 +168,11 @@ class Sleeper:
             The memory after it, and N.
         """
         order, carried, number = self.order, memory.carried, 1
-        self.watchers.tell_pass(number, order.looped(carried))
+        x, loop_input = memory.current_window()
+        counts = [row.fill for row in memory.counters]
+        self.watchers.tell_pass(PassEvent(number, order.looped(carried), x, loop_input, counts))
         if policy.at_most == 1:
             return memory, number
-        x, loop_input = memory.current_window()
         window = Window.again(self.decoder, self.eviction, x, memory.counters)
         again = replace(window, decays=not self.decay_once)
         start = order.at_start(memory)
@@ -180,11 +181,12 @@ class Sleeper:
         previous, written = None, self._shown(carried, asked)
         while policy.continues(asked, number, previous, written):
             number += 1
-            # What the last pass makes of the window is for the slots after the loop alone.
-            loop = among(order.loop, remembered) if number == policy.at_most else order.loop
+            # What the last pass makes of the window is for the slots after the loop, and for who watches.
+            is_last = number == policy.at_most and not self.watchers.of_passes
+            loop = among(order.loop, remembered) if is_last else order.loop
             x = self.between(x, loop_input)
             x, carried = self._run(loop, x, order.rewound(loop, carried, start), again)
-            self.watchers.tell_pass(number, order.looped(carried))
+            self.watchers.tell_pass(PassEvent(number, order.looped(carried), x, loop_input, counts))
             previous, written = written, self._shown(carried, asked)
         if number > 1:
             after = among(order.after, remembered)
@@ -209,7 +211,7 @@ class Sleeper:
             return order.all
         rows = [memory.counters[b].after_reading(n) for b, n in zip(span.rows, span.counts, strict=True)]
         remembered = self._remembered(rows)
-        if policy.at_most == 1:
+        if policy.at_most == 1 and not self.watchers.of_passes:
             return remembered
         return order.up_to_loop if policy.at_least > 1 else max(remembered, order.up_to_loop, key=len)
 

@@ -293,7 +293,7 @@ def test_a_policy_says_how_often_each_row_sleeps_on_each_window(policy, modules)
 def test_a_policy_is_asked_with_what_the_passes_wrote(modules):
     model, policy = slept("block", block_kind="jet"), modules["pass_policy"].WhileGrowing(cap=9)
     written = []
-    with torch.no_grad(), model.register_pass_hook(lambda number, states: written.append([s[0] for s in states])):
+    with torch.no_grad(), model.register_pass_hook(lambda event: written.append([s[0] for s in event.written])):
         _, told = passes_of(model, tokens(L + 1)[None], sleep_passes=policy)
     norms = [sum(s.norm() for s in states) for states in written]
     assert told == [(0, L, len(written))]
@@ -305,7 +305,7 @@ def test_a_policy_is_asked_with_what_the_passes_wrote(modules):
 def test_settled_is_a_matter_of_tolerance():
     model, ids = slept("block", block_kind="jet"), tokens(L + 1)[None]
     written = []
-    with torch.no_grad(), model.register_pass_hook(lambda number, states: written.append([s[0] for s in states])):
+    with torch.no_grad(), model.register_pass_hook(lambda event: written.append([s[0] for s in event.written])):
         passes_of(model, ids, sleep_passes=6)
     changes = [change(*pair) for pair in itertools.pairwise(written)]
     for tolerance in (0.0, *changes, 10.0):

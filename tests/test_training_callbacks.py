@@ -8,9 +8,10 @@ import pytest
 import torch
 from families import make_model, sleep_config, tokens
 from helpers import QUIET, weights
+from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_sleep import SleepCache
+from hf_sleep import SleepCache, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.data.khop import KHop
 from hf_sleep.data.rule110 import Rule110
@@ -27,7 +28,7 @@ from hf_sleep.training import (
     SleepTrainingArguments,
 )
 from hf_sleep.training import parameters as parameters_module
-from hf_sleep.training.monitor import gates
+from hf_sleep.training.monitor import gates, pass_sums
 
 TASK = Rule110(width=6, steps=1, num_strings=2)
 
@@ -414,10 +415,11 @@ def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, t
     size, expected, scale = model.config.sleep.window_size, {}, sum(len(row["labels"]) - 1 for row in rows)
     # By hand, row by row: the states after each pass, and the loss's gradient with respect to them.
     for row in rows:
-        ids, cache, states, loss = torch.tensor([row["input_ids"]]), SleepCache(), [], 0.0
-        handle = model.train().register_pass_hook(lambda n, left: states.extend((n, state) for state in left))  # noqa: B023
+        ids, cache, events = torch.tensor([row["input_ids"]]), SleepCache(), []
+        handle = model.train().register_pass_hook(events.append)
         logits = [model(part, cache=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
         handle.remove()
+        states = [(event.number, state) for event in events for state in event.written]
         loss = torch.nn.functional.cross_entropy(torch.cat(logits, 1)[0, :-1], ids[0, 1:], reduction="sum") / scale
         found = torch.autograd.grad(loss, [state for _, state in states], allow_unused=True)
         assert [n for n, _ in states[:: len(cache.fast_slots)]] == list(range(1, passes + 1)) * (
@@ -463,6 +465,70 @@ def test_nothing_of_a_step_outlives_it(eviction, checkpointing, tmp_path):
     assert len(left) == 5
     assert set(left) == {left[0]}
     assert any("gradient_norm_pass_3" in entry for entry in measurements(trainer))
+
+
+@pytest.mark.parametrize("between", ["gate", "none"])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_what_each_pass_made_is_measured(passes, between, tmp_path):
+    """Against what goes into the first looped layer and comes out of the last; rows of different lengths."""
+    rows = [{"input_ids": tokens(n, n).tolist(), "labels": tokens(n, n).tolist()} for n in (11, 4, 8)]
+    model = tiny(sleep_passes=passes, between=between, loop_layers=(1, 3))
+    fields = {
+        "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-9,
+        "muon_learning_rate": None,
+    }
+    trainer = monitored(tmp_path, model, rows, **fields | {"weight_decay": 0.0, "gate_learning_rate": 1e-9})
+    measured, numbers = measurements(trainer)[0], range(1, passes + 1)
+    expected = {f"{name}_pass_{n}": [] for n in numbers for name in ("fast_weight_norm", "change")}
+    read, made = [], []
+    model.lm.model.layers[1].register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    model.fast_weights["2"].register_forward_hook(lambda module, args, output: made.append(output[0]))
+    for row in (rows[0], rows[2]):  # one window each, slept on before the token after it
+        for n in numbers:
+            read.clear()
+            made.clear()
+            with torch.no_grad():
+                cache = SleepCache()
+                model.eval()(torch.tensor([row["input_ids"][:6]]), cache=cache)
+                model.sleep(cache, sleep_passes=n)
+            state = cache.memory.carried[sorted(cache.fast_slots)[1]][0]
+            expected[f"fast_weight_norm_pass_{n}"] += state.norm(dim=(-2, -1)).flatten().tolist()
+            expected[f"change_pass_{n}"] += (made[-1].norm(dim=-1) / read[0].norm(dim=-1)).flatten().tolist()
+    if between == "none":
+        expected = {name: values for name, values in expected.items() if not name.startswith("change")}
+        assert "gate_mean" not in measured
+    else:
+        assert measured["gate_mean"] == pytest.approx(model.between.gate.mean().item())
+        assert measured["gate_max"] == pytest.approx(model.between.gate.abs().max().item()) != measured["gate_mean"]
+    assert {name for name in measured if "_pass_" in name and "gradient" not in name} == set(expected)
+    for name, values in expected.items():
+        assert measured[name] == pytest.approx(sum(values) / len(values), rel=1e-4), name
+    assert len({round(measured[name], 6) for name in expected}) == len(expected)
+
+
+def test_pads_are_no_part_of_what_a_pass_changes():
+    model, rows = tiny(between="gate"), [{"input_ids": tokens(n, n).tolist()} for n in (5, 3)]
+    found = []
+    for batch in ([rows[0]], [rows[1]], rows):
+        cache = SleepCache()
+        with pass_sums(model) as sums, torch.no_grad():
+            model(**SleepCollator()(batch), cache=cache)
+            model.sleep(cache, sleep_passes=3)
+        found.append(sums)
+    assert not model._pass_hooks
+    assert found[2]["change_pass_3"][1] == 8
+    for name, (total, count) in found[2].items():
+        assert total == pytest.approx(found[0][name][0] + found[1][name][0], rel=1e-5)
+        assert count == found[0][name][1] + found[1][name][1]
+
+
+def test_the_gate_of_an_adapter_s_model_is_measured(tmp_path):
+    model = tiny(between="gate")
+    measured = measurements(monitored(tmp_path, get_peft_model(model, sleep_lora_config(model)), max_steps=1))[0]
+    assert measured["gate_max"] > 0
+    assert measured["change_pass_2"] > 0
 
 
 def test_more_passes_are_more_of_the_time(tmp_path):

@@ -87,7 +87,7 @@ def reward(completions, **_):
 def count_passes(model):
     """The numbers of the passes of every sleep, as they run."""
     numbers = []
-    model.register_pass_hook(lambda number, states: numbers.append(number))
+    model.register_pass_hook(lambda event: numbers.append(event.number))
     return numbers
 
 

@@ -26,7 +26,26 @@ class SleepEvent:
     sleep_passes: int
 
 
-PassHook = Callable[[int, list[torch.Tensor]], None]
+@dataclass(frozen=True, eq=False)
+class PassEvent:
+    """One pass over a window of rows that sleep together; its tensors are part of the graph.
+
+    Args:
+        number: of the pass; the ordinary read is 1.
+        written: the fast weights `[B, H, K, V]` that it left in each slot of the loop.
+        z: `[B, T, C]`, what it made of the window in the loop.
+        e: `[B, T, C]`, what pass 1 read there; `None` where what lies between two passes does not ask for it.
+        counts: per row, how many of the T tokens are its own; after them come pads.
+    """
+
+    number: int
+    written: list[torch.Tensor]
+    z: torch.Tensor
+    e: torch.Tensor | None
+    counts: list[int]
+
+
+PassHook = Callable[[PassEvent], None]
 SleepHook = Callable[[SleepEvent], None]
 
 
@@ -35,8 +54,7 @@ class Watchers:
     """The hooks of a call.
 
     Args:
-        of_passes: called with the number of every pass over a window that sleeps, from 1, and the fast weights
-            `[B, H, K, V]` that it leaves in each slot of the loop.
+        of_passes: called after every pass over a window that sleeps.
         of_sleeps: called after every sleep, once per row that slept.
     """
 
@@ -51,10 +69,10 @@ class Watchers:
             torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    def tell_pass(self, number: int, written: list[torch.Tensor]) -> None:
-        """Tell what pass `number` has written."""
+    def tell_pass(self, event: PassEvent) -> None:
+        """Tell what a pass has made."""
         for hook in self.of_passes:
-            hook(number, written)
+            hook(event)
 
     def tell_sleep(self, rows: Sequence[int], counters: Sequence[Counters], seconds: float, passes: int) -> None:
         """Tell that `rows` of a batch have slept."""

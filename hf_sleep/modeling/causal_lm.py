@@ -205,10 +205,11 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """Watch the passes of every sleep.
 
         Args:
-            hook: `hook(number, written)` is called after each pass over a window that sleeps; the ordinary read is
-            number 1. `written` has the fast weights `[B, H, K, V]` that the pass left in each looped layer, a row per
-            sequence that sleeps. They are part of the graph, and must not be changed. A hook on one of them, for its
-            gradient, must not hold one: that is a cycle through the graph, which no collector sees.
+            hook: `hook(event)` is called after each pass over a window that sleeps; the ordinary read is number 1. A
+            `PassEvent` has its `number`, the fast weights that it left (`written`), what it made of the window (`z`)
+            and what pass 1 read there (`e`), a row per sequence that sleeps. They are part of the graph, and must not
+            be changed. A hook on one of them, for its gradient, must not hold one: that is a cycle through the graph,
+            which no collector sees.
 
         Returns:
             A handle whose `remove()` ends it.

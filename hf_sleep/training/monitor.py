@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..cache import SleepCache
-from ..engine import SleepEvent
+from ..engine import PassEvent, SleepEvent
 from ..labels import IGNORED, next_labels
 from ..ops import gate_hook
 from .evaluation import check_trainer
@@ -30,12 +30,18 @@ class SleepMonitor(TrainerCallback):
       the whole read (forward only);
     - `fast_weight_norm`: Frobenius norm of a head's state after a row's last token; `fast_weight_rank`: its effective
       rank, exp of the entropy of its normalised singular values; means over rows, layers and heads;
-    - `mean_decay`, `mean_beta`: α and β over all tokens and passes, of all layers with fast weights.
+    - `mean_decay`, `mean_beta`: α and β over all tokens and passes, of all layers with fast weights;
+    - `fast_weight_norm_pass_1`, ..., `fast_weight_norm_pass_N`: Frobenius norm of a head's state after the n-th pass
+      over a window that slept (the ordinary read is pass 1), mean over windows, looped layers and heads;
+    - `change_pass_1`, ..., `change_pass_N`: norm of what the n-th pass made of a token in the looped layers, over the
+      norm of what pass 1 read there, mean over the tokens of windows that slept; where what lies between two passes
+      keeps what pass 1 read (`needs_loop_input`);
+    - `gate_mean`, `gate_max`: mean and largest absolute value of `model.between.gate`, where there is one.
 
     And of the last training step, on this process:
 
     - `gradient_norm_pass_1`, ..., `gradient_norm_pass_N`: of the loss, with respect to the fast weights that the n-th
-      pass left in the looped layers, over all windows that slept (the ordinary read is pass 1).
+      pass left in the looped layers, over all windows that slept.
 
     Args:
         trainer: whose `log` reports it.
@@ -68,15 +74,17 @@ class SleepMonitor(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._norms.clear()
 
-    def _watch(self, number: int, states: list[torch.Tensor]) -> None:
-        norms = self._norms.setdefault(number, [])  # a hook that held a state would keep it, and its graph, forever
+    def _watch(self, event: PassEvent) -> None:
+        norms = self._norms.setdefault(
+            event.number, []
+        )  # a hook that held a state would keep it, and its graph, forever
 
         def add(gradient: torch.Tensor) -> None:
             # Small gradients have no squares in float32, and Apple's GPUs no float64.
             largest = gradient.abs().amax()
             norms.append((gradient / largest.clamp(min=torch.finfo(largest.dtype).tiny)).norm() * largest)
 
-        for state in states:
+        for state in event.written:
             if state.requires_grad:
                 state.register_hook(add)
 
@@ -103,13 +111,16 @@ class SleepMonitor(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            with gates() as sums:
+            with gates() as sums, pass_sums(model) as of_passes:
                 metrics, cache = self._read(model)
         finally:
             model.train(was_training)
         norms, ranks = norms_and_ranks(fast_weights(cache))
         metrics |= {"fast_weight_norm": norms.mean().item(), "fast_weight_rank": ranks.mean().item()}
-        return metrics | {name: total / count for name, (total, count) in sums.items()}
+        gate = getattr(model.between, "gate", None)
+        if isinstance(gate, nn.Parameter):
+            metrics |= {"gate_mean": gate.mean().item(), "gate_max": gate.abs().max().item()}
+        return metrics | {name: total / count for name, (total, count) in (sums | of_passes).items()}
 
     def _read(self, model: Any) -> tuple[dict[str, float], SleepCache]:
         """Losses by window and seconds, and what was remembered."""
@@ -172,6 +183,28 @@ def gates() -> Iterator[dict[str, list[float]]]:
             total[1] += gate[real].numel()
 
     with gate_hook(look):
+        yield sums
+
+
+@contextmanager
+def pass_sums(model: Any) -> Iterator[dict[str, list[float]]]:
+    """Adds up, while it is open, what each pass over a window that sleeps left and changed: sum and count of each."""
+    sums: dict[str, list[float]] = {}
+
+    def add(name: str, values: torch.Tensor) -> None:
+        total = sums.setdefault(name, [0.0, 0.0])
+        total[0] += values.sum().item()
+        total[1] += values.numel()
+
+    def look(event: PassEvent) -> None:
+        for state in event.written:
+            add(f"fast_weight_norm_pass_{event.number}", state.norm(dim=(-2, -1)))
+        if event.e is not None:
+            change = event.z.float().norm(dim=-1) / event.e.float().norm(dim=-1)
+            real = torch.arange(change.shape[1]) < torch.tensor(event.counts).unsqueeze(1)
+            add(f"change_pass_{event.number}", change[real.to(change.device)])
+
+    with model.register_pass_hook(look):
         yield sums
 
 
