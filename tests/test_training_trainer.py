@@ -14,7 +14,7 @@ from helpers import QUIET, weights
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sleep import SleepForCausalLM
+from hf_sleep import SleepForCausalLM, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.data.depo import Depo
 from hf_sleep.data.khop import KHop
@@ -202,7 +202,10 @@ def test_the_arguments_come_from_a_command_line():
     parser = HfArgumentParser(SleepTrainingArguments)
     (parsed,) = parser.parse_args_into_dataclasses(["--muon_learning_rate", "2e-3", "--backprop_windows", "4"])
     assert (parsed.muon_learning_rate, parsed.backprop_windows) == (2e-3, 4)
+    (parsed,) = parser.parse_args_into_dataclasses(["--gate_learning_rate", "0.1", "--eval_passes", "1", "4"])
+    assert (parsed.gate_learning_rate, parsed.eval_passes) == (0.1, [1, 4])
     (default,) = parser.parse_args_into_dataclasses([])
+    assert (default.gate_learning_rate, default.eval_passes) == (None, None)
     assert (default.muon_learning_rate, default.backprop_windows) == (1e-3, None)
     assert (default.learning_rate, default.adam_beta1, default.adam_beta2) == (5e-5, 0.9, 0.95)
     assert (default.weight_decay, default.max_grad_norm) == (1e-4, 1.0)
@@ -330,6 +333,49 @@ def test_only_ids_are_kept_and_named_datasets_work(tmp_path, monkeypatch):
     metrics = trainer_of(tmp_path, eval_dataset=sets, per_device_eval_batch_size=4).evaluate()
     assert seen == [(6, (6, TASK.length)), (4, (4, TASK.length))]
     assert {"eval_easy_loss", "eval_hard_loss"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_one_checkpoint_is_evaluated_at_every_n(named, adapted, tmp_path):
+    model, rows = tiny(sleep_passes=2), KHOP.dataset(12, seed=1)
+    model = get_peft_model(model, sleep_lora_config(model)) if adapted else model
+    data, middle = ({"a": rows}, "a_") if named else (rows, "")
+
+    class Told(TrainerCallback):
+        names = ()
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            self.names += (set(metrics),)
+
+    expected = {}
+    plain = trainer_of(tmp_path, model, eval_dataset=data, task=KHOP)
+    for passes in (1, 2, 4):
+        with model.sleeping(sleep_passes=passes):
+            metrics = plain.evaluate()
+        kept = {name: value for name, value in metrics.items() if "loss" in name or "accuracy" in name}
+        prefix = f"eval_{middle}" + ("" if passes == 2 else f"N{passes}_")
+        expected |= {name.replace(f"eval_{middle}", prefix, 1): value for name, value in kept.items()}
+    assert len(set(expected.values())) > 3
+    told = Told()
+    trainer = trainer_of(tmp_path, model, eval_dataset=data, task=KHOP, callbacks=[told], eval_passes=[1, 4])
+    metrics = trainer.evaluate()
+    assert {name: metrics[name] for name in expected} == expected
+    assert {f"eval_{middle}N4_accuracy_3", f"eval_{middle}N1_chance", f"eval_{middle}accuracy"} <= set(metrics)
+    assert model.config.sleep.sleep_passes == 2
+    found = [(name, entry[name]) for entry in trainer.state.log_history for name in expected if name in entry]
+    assert sorted(found) == sorted(expected.items())
+    assert len(told.names) == 1
+    assert not any("_N" in name for name in told.names[0])
+
+
+def test_the_best_model_may_be_chosen_at_another_n(tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "eval_passes": [1]}
+    fields |= {"metric_for_best_model": "N1_loss", "eval_dataset": TASK.dataset(8)}
+    trainer = trainer_of(tmp_path, **fields)
+    trainer.train()
+    assert trainer.state.best_metric == min(logged(trainer, "eval_N1_loss"))
+    assert len(logged(trainer, "eval_loss")) == 3
 
 
 def test_metrics_of_one_s_own_stay_one_s_own(tmp_path):
@@ -557,6 +603,8 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path):
         arguments(tmp_path, optim="sgd", muon_learning_rate=None, gate_learning_rate=0.1)
     with pytest.raises(ValueError, match=r"gate_learning_rate=0\.0 must be above 0, or None for 0\.01"):
         arguments(tmp_path, gate_learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"eval_passes: N=0 cannot work: it must be an integer of at least 1"):
+        arguments(tmp_path, eval_passes=[1, 0])
     with pytest.raises(ValueError, match="backprop_windows=0 must be at least 1"):
         arguments(tmp_path, backprop_windows=0)
     with pytest.raises(ValueError, match=r"muon_learning_rate=0\.0 must be above 0, or None for AdamW"):

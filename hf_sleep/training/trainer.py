@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
+from ..checks import require_int
 from ..compat import CHECKPOINTING
 from ..data import Task
 from ..files import write_file
@@ -58,6 +59,8 @@ class SleepTrainingArguments(TrainingArguments):
             moves by about its rate per step, and 5e-5 would never open it.
         backprop_windows: windows that gradients reach through: a row's graph is cut after every so many of its sleeps.
             `None`: all of them, as in the paper.
+        eval_passes: each N to evaluate at too, after the config's own. Their metrics are named `eval_N1_loss`,
+            `eval_N1_accuracy` and so on.
 
     Source: Lee et al. 2026 (arXiv 2605.26099), experiments, for the learning rates; the rest is left open there.
     """
@@ -84,8 +87,14 @@ class SleepTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Windows that gradients reach through; None: all."}
     )
 
+    eval_passes: list[int] | None = field(
+        default=None, metadata={"help": "Each N to evaluate at too, after the config's own."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for passes in self.eval_passes or ():
+            require_int("eval_passes: N", passes, 1)
         for name, otherwise in (("muon_learning_rate", "AdamW on everything"), ("gate_learning_rate", f"{GATE_LR:g}")):
             rate = getattr(self, name)
             if rate is not None and rate <= 0:
@@ -105,7 +114,8 @@ class SleepTrainer(Trainer):
     `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
     counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
     stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
-    `compute_metrics` of its own, evaluation is the Trainer's. The task's settings are saved beside the model, in
+    `compute_metrics` of its own, evaluation is the Trainer's. With `eval_passes` all of it is repeated at each such N;
+    callbacks are told of the config's own N alone. The task's settings are saved beside the model, in
     task.json. What it pushes to the Hub is complete, with the model's own card.
 
     Args:
@@ -118,6 +128,7 @@ class SleepTrainer(Trainer):
     """
 
     optimizer: Any
+    control: Any
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
 
@@ -297,9 +308,23 @@ class SleepTrainer(Trainer):
             self.compute_metrics = partial(accuracy_by_difficulty, rows, self.task)
             self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if not isinstance(rows, dict):  # of which each dataset is evaluated by a call of its own
+                for passes in self.args.eval_passes or ():
+                    metrics |= self._evaluate_at(passes, eval_dataset, ignore_keys, f"{metric_key_prefix}_N{passes}")
+            return metrics
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = own
+
+    def _evaluate_at(self, passes: int, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str) -> Any:
+        """Evaluate at another N; logged, but no evaluation to callbacks, which would generate and stop by it."""
+        loss_only = True if self.compute_metrics is None else None
+        with self.model.sleeping(sleep_passes=passes):
+            loader = self.get_eval_dataloader(eval_dataset)
+            metrics = self.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, prefix).metrics
+        self.log(metrics)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return metrics
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, without_unpredicted(inputs), *args, **kwargs)
