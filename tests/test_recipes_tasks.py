@@ -303,6 +303,58 @@ def json_results(folder):
     return import_module("shared.from_scratch").finished(folder / "results.json")
 
 
+# A curriculum: more windows later.
+
+
+def test_rows_of_a_curriculum_are_those_of_the_step_s_task(recipe):
+    options = recipe("train_khop").Arguments(curriculum=["1:2", "2:1", "4:3"])
+    task = KHop(8, windows=4)
+    steps = [KHop(8, windows=w).rows(7, "train", range(5 * i, 5 * i + 5)) for i, w in enumerate((1, 1, 2, 4, 4, 4, 4))]
+    for done in range(7):
+        rows = options.training_rows(task, seed=7, done=done, rows_per_step=5).take(5 * (7 - done))
+        assert list(rows) == [row for step in steps[done:] for row in step]
+    plain = recipe("train_khop").Arguments(windows=4).training_rows(task, seed=7, done=3, rows_per_step=5)
+    assert list(plain.take(10)) == task.rows(7, "train", range(15, 25))
+    assert {KHop(8, windows=w).window_size for w in range(1, 9)} == {10}
+
+
+def test_a_curriculum_in_parts_ends_as_one_in_one_piece(recipe, tmp_path):
+    """Evaluated on the last stage's task throughout, and with all steps of all stages."""
+    main, options = recipe("train_khop").main, [*QUICK[2:], "--sleep-passes", "2", "--curriculum", "1:2", "2:1", "8:1"]
+    (expected,) = main([*options, "--output", str(tmp_path / "whole")])
+    stages = "2 with windows=1, 1 with windows=2, 1 with windows=8"
+    assert expected["data"] == f"{KHop(8, windows=8)}, 4 steps of 8 rows ({stages})"
+    for _ in range(4):
+        main([*options, "--resume", "--minutes", "0", "--output", str(tmp_path / "parts")])
+    (again,) = main([*options, "--resume", "--output", str(tmp_path / "parts")])
+    main([*QUICK, "--sleep-passes", "2", "--windows", "8", "--output", str(tmp_path / "other")])
+    whole, parts, from_the_start = (
+        load_file(tmp_path / name / "N2-seed0" / "model.safetensors") for name in ("whole", "parts", "other")
+    )
+    assert again["accuracy"] == expected["accuracy"]
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    assert not all(torch.equal(from_the_start[name], tensor) for name, tensor in whole.items())
+    task = json.loads((tmp_path / "parts" / "N2-seed0" / "task.json").read_text(encoding="utf-8"))
+    assert task["windows"] == 8
+    with pytest.raises(SystemExit, match="was begun with other settings"):
+        main([*options[:-1], "8:2", "--resume", "--output", str(tmp_path / "parts")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--curriculum 1-500", "--curriculum 1-500: a stage is windows:steps, as 1:500"),
+        ("--curriculum 1:500 2:0", "--curriculum 2:0: a stage"),
+        ("--curriculum 1:5 2:5 --steps 20", "leave out --windows and --steps"),
+        ("--curriculum 1:5 2:5 --windows 4", "leave out --windows and --steps"),
+    ],
+)
+def test_a_curriculum_that_cannot_work_is_refused(recipe, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        recipe("train_khop").main(arguments.split())
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("minutes", "age", "others", "step", "stops", "saves"),
     [

@@ -5,17 +5,18 @@ import math
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from hf_sleep import SleepConfig, SleepForCausalLM, default_dtype
-from hf_sleep.data.task import Task
+from hf_sleep.data.task import Row, Task
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
 from hf_sleep.training import SleepTrainer, SleepTrainingArguments
@@ -127,6 +128,37 @@ class Comparison(InParts):
     def __post_init__(self) -> None:
         require_pair("decay", self.decay)
 
+    def training_rows(self, task: Task, seed: int, done: int, rows_per_step: int) -> IterableDataset:
+        """The rows that are trained on after `done` optimizer steps, without end."""
+        return task.stream(seed=seed, start=done * rows_per_step)
+
+    def said(self, task: Task, processes: int) -> str:
+        """What the models are trained on, for their cards and results.json."""
+        return f"{task}, {self.steps} steps of {self.batch_size * processes} rows"
+
+
+def staged(stages: tuple[tuple[Task, int], ...], seed: int, done: int, rows_per_step: int) -> IterableDataset:
+    """The rows of tasks in turn, each for so many optimizer steps: row i is row i of the task of its step.
+
+    Args:
+        stages: tasks and steps; the last task's rows never end.
+        seed: of the rows.
+        done: steps that are over.
+        rows_per_step: rows in a step, of all processes together.
+    """
+    kwargs = {"stages": stages, "seed": seed, "start": done * rows_per_step, "rows_per_step": rows_per_step}
+    return IterableDataset.from_generator(_staged, gen_kwargs=kwargs)
+
+
+def _staged(stages: tuple[tuple[Task, int], ...], seed: int, start: int, rows_per_step: int) -> Iterator[Row]:
+    end = 0
+    for task, steps in stages[:-1]:
+        end += steps * rows_per_step
+        if start < end:
+            yield from islice(task.stream(seed=seed, start=start), end - start)
+            start = end
+    yield from stages[-1][0].stream(seed=seed, start=start)
+
 
 class ProgressLine(TrainerCallback):
     """Prints a line per evaluation: where training is, and accuracy by difficulty."""
@@ -202,7 +234,7 @@ def train(options: Comparison, task: Task, passes: int, seed: int, run: RunFolde
     trainer = SleepTrainer(
         model,
         arguments,
-        train_dataset=task.stream(seed=seed, start=done * options.batch_size * arguments.world_size),
+        train_dataset=options.training_rows(task, seed, done, options.batch_size * arguments.world_size),
         eval_dataset=task.dataset(options.test_rows, seed=1, split="test"),
         task=task,
         callbacks=[ProgressLine(label, difficulty), Tagged(run, name), budget],
@@ -218,7 +250,13 @@ def train(options: Comparison, task: Task, passes: int, seed: int, run: RunFolde
     scores = evaluate(trainer, passes, options.eval_passes)
     model.card = card(options, task, scores, trainer.eval_dataset, arguments.world_size)
     trainer.save_model()
-    return {"sleep_passes": passes, "seed": seed, "seconds": run.seconds(name), "accuracy": scores}
+    return {
+        "data": options.said(task, arguments.world_size),
+        "sleep_passes": passes,
+        "seed": seed,
+        "seconds": run.seconds(name),
+        "accuracy": scores,
+    }
 
 
 def evaluate(trainer: SleepTrainer, passes: int, others: list[int]) -> dict[int, dict[int, float]]:
@@ -255,8 +293,7 @@ print(task.score(said.tolist(), row))  # difficulty and whether it is right, for
         for n, accuracy in scores.items()
         for d, score in accuracy.items()
     ]
-    data = f"{task}, {options.steps} steps of {options.batch_size * processes} rows."
-    return CardFacts(data, metrics, usage)
+    return CardFacts(f"{options.said(task, processes)}.", metrics, usage)
 
 
 def table(results: list[dict], task: Task, difficulty: str) -> str:
