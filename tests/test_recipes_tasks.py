@@ -327,7 +327,7 @@ def test_a_curriculum_in_parts_ends_as_one_in_one_piece(recipe, tmp_path):
     for _ in range(4):
         main([*options, "--resume", "--minutes", "0", "--output", str(tmp_path / "parts")])
     (again,) = main([*options, "--resume", "--output", str(tmp_path / "parts")])
-    main([*QUICK, "--sleep-passes", "2", "--windows", "8", "--output", str(tmp_path / "other")])
+    (other,) = main([*QUICK, "--sleep-passes", "2", "--windows", "8", "--output", str(tmp_path / "other")])
     whole, parts, from_the_start = (
         load_file(tmp_path / name / "N2-seed0" / "model.safetensors") for name in ("whole", "parts", "other")
     )
@@ -335,9 +335,19 @@ def test_a_curriculum_in_parts_ends_as_one_in_one_piece(recipe, tmp_path):
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
     assert not all(torch.equal(from_the_start[name], tensor) for name, tensor in whole.items())
     task = json.loads((tmp_path / "parts" / "N2-seed0" / "task.json").read_text(encoding="utf-8"))
-    assert task["windows"] == 8
+    assert (task["windows"], other["decay_once"]) == (8, False)
     with pytest.raises(SystemExit, match="was begun with other settings"):
         main([*options[:-1], "8:2", "--resume", "--output", str(tmp_path / "parts")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "between", "decay_once"), [("", "none", False), ("--between gate --decay-once", "gate", True)]
+)
+def test_what_a_pass_does_is_an_argument_of_all(recipe, arguments, between, decay_once, tmp_path):
+    options = [*QUICK, "--sleep-passes", "2", *arguments.split(), "--output", str(tmp_path)]
+    (result,) = recipe("train_khop").main(options)
+    sleep = SleepForCausalLM.from_pretrained(tmp_path / "N2-seed0").config.sleep
+    assert (sleep.between, sleep.decay_once) == (result["between"], result["decay_once"]) == (between, decay_once)
 
 
 @pytest.mark.parametrize(

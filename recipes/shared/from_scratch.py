@@ -35,6 +35,8 @@ def hybrid(
     heads: int = 2,
     block_kind: str = "gated_delta_net",
     decay: tuple[float, float] = (0.02, 0.2),
+    between: str = "none",
+    decay_once: bool = False,
     seed: int = 0,
 ) -> SleepForCausalLM:
     """`layers` times Llama's attention and MLP, then a fast-weight block without an MLP; all of them loop in sleep.
@@ -48,6 +50,8 @@ def hybrid(
         heads: of attention and of each block, with K = V = C / heads.
         block_kind: `"gated_delta_net"` or `"jet"`.
         decay: the range of A at first: a token's writing leaves exp(-0.7 A) of what was there, more or less.
+        between: what happens between two passes, `"none"` or `"gate"`.
+        decay_once: passes 2 to N do not decay.
         seed: of the weights.
     """
     set_seed(seed)
@@ -73,6 +77,8 @@ def hybrid(
         block_num_heads=heads,
         block_head_dim=hidden_size // heads,
         block_expand_v=1.0,
+        between=between,
+        decay_once=decay_once,
     )
     model = SleepForCausalLM.from_base(LlamaForCausalLM(config), sleep)
     for block in model.fast_weights.values():
@@ -117,6 +123,8 @@ class Comparison(InParts):
     heads: int = argument(2, "of attention and of each block")
     block_kind: Literal["gated_delta_net", "jet"] = argument("gated_delta_net", "what the blocks are")
     decay: list[float] = argument([0.02, 0.2], "range of A at first")
+    between: Literal["none", "gate"] = argument("none", "what happens between two passes")
+    decay_once: bool = argument(False, "passes 2 to N leave what earlier windows wrote as it is")
     batch_size: int = argument(128, "rows that a process reads at once")
     muon_learning_rate: float = argument(0.02, "of the matrices; 0: AdamW for everything")
     learning_rate: float = argument(0.01, "of AdamW, for all that Muon does not take")
@@ -228,7 +236,8 @@ def train(options: Comparison, task: Task, passes: int, seed: int, run: RunFolde
     name, label = f"N{passes}-seed{seed}", f"N = {passes}, seed {seed}"
     folder = run.path / name
     last, done = last_checkpoint(folder)
-    shape = {key: getattr(options, key) for key in ("layers", "hidden_size", "heads", "block_kind", "decay")}
+    names = ("layers", "hidden_size", "heads", "block_kind", "decay", "between", "decay_once")
+    shape = {key: getattr(options, key) for key in names}
     model = hybrid(task.vocab_size, task.window_size, passes, **shape, seed=seed)
     arguments, budget = training_arguments(options, folder, seed), TimeBudget(options.minutes)
     trainer = SleepTrainer(
@@ -253,6 +262,8 @@ def train(options: Comparison, task: Task, passes: int, seed: int, run: RunFolde
     return {
         "data": options.said(task, arguments.world_size),
         "sleep_passes": passes,
+        "between": options.between,
+        "decay_once": options.decay_once,
         "seed": seed,
         "seconds": run.seconds(name),
         "accuracy": scores,
