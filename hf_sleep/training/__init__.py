@@ -9,6 +9,7 @@ from .parameters import freeze_all_but_fast_weights
 from .schedules import DuringStep, HardEvictionWarmup, SleepPassesSchedule
 from .spikes import SpikeGuard
 from .trainer import SleepTrainer, SleepTrainingArguments
+from .windows import WindowsCurriculum
 
 __all__ = [
     "DuringStep",
@@ -22,6 +23,7 @@ __all__ = [
     "SleepTrainer",
     "SleepTrainingArguments",
     "SpikeGuard",
+    "WindowsCurriculum",
     "freeze_all_but_fast_weights",
     "parameter_groups",
 ]

@@ -37,6 +37,7 @@ from .optimizer import GATE_LR, MuonAdamW, check_signature, parameter_groups
 from .progress import TokensPerSecond
 from .records import SleepRecord, check_same_run
 from .schedules import DuringStep
+from .windows import WindowsCurriculum
 
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 DECAY_SHARE = 0.1
@@ -225,7 +226,14 @@ class SleepTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         # Before they are counted, whatever the collator.
-        return super().get_batch_samples(map(without_unpredicted, epoch_iterator), num_batches, device)
+        batches = (without_unpredicted(self._cut(batch)) for batch in epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _cut(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        for callback in self._during_step():
+            if isinstance(callback, WindowsCurriculum):
+                batch = callback.cut(batch, self.model.config.sleep.window_size, self.state.global_step)
+        return batch
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
