@@ -34,6 +34,7 @@ from ..packing import refuse_packed
 from .collator import SleepCollator, without_unpredicted
 from .evaluation import accuracy_by_difficulty
 from .optimizer import GATE_LR, MuonAdamW, check_signature, parameter_groups
+from .passing import PassedStates
 from .progress import TokensPerSecond
 from .records import SleepRecord, check_same_run
 from .schedules import DuringStep
@@ -62,8 +63,11 @@ class SleepTrainingArguments(TrainingArguments):
             `None`: all of them, as in the paper.
         eval_passes: each N to evaluate at too, after the config's own. Their metrics are named `eval_N1_loss`,
             `eval_N1_accuracy` and so on.
+        pass_states: share of the optimizer steps whose rows begin with the fast weights that other rows ended with, in
+            the batch before, instead of with none. With hard eviction and no sinks only.
 
     Source: Lee et al. 2026 (arXiv 2605.26099), experiments, for the learning rates; the rest is left open there.
+    State passing: Buitrago and Gu 2025 (arXiv 2507.02782).
     """
 
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 for AdamW."})
@@ -87,6 +91,9 @@ class SleepTrainingArguments(TrainingArguments):
     backprop_windows: int | None = field(
         default=None, metadata={"help": "Windows that gradients reach through; None: all."}
     )
+    pass_states: float = field(
+        default=0.0, metadata={"help": "Share of the steps whose rows begin with other rows' fast weights."}
+    )
 
     eval_passes: list[int] | None = field(
         default=None, metadata={"help": "Each N to evaluate at too, after the config's own."}
@@ -107,6 +114,8 @@ class SleepTrainingArguments(TrainingArguments):
                 )
         if self.backprop_windows is not None and self.backprop_windows < 1:
             raise ValueError(f"backprop_windows={self.backprop_windows!r} must be at least 1, or None for all")
+        if not 0 <= self.pass_states <= 1:
+            raise ValueError(f"pass_states={self.pass_states!r} must be a share of the steps, from 0 to 1")
 
 
 class SleepTrainer(Trainer):
@@ -159,6 +168,8 @@ class SleepTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             self._check_checkpoint(Path(resume_from_checkpoint))
+        self._check_passing()
+        self._passed = PassedStates(self.args.pass_states, self.args.seed)
         if self.args.world_size > 1 and self.accelerator._models == [self.model]:
             # An evaluation has prepared the bare model: left like this, every rank would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -240,7 +251,14 @@ class SleepTrainer(Trainer):
     ) -> Any:
         if model.training and self.args.backprop_windows is not None:
             inputs = {**inputs, "backprop_windows": self.args.backprop_windows}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (model.training and self.args.pass_states):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rows = len(inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
+        cache = self._passed.begin(rows, self.state.global_step)
+        inputs = {**inputs, "cache": cache, "use_cache": False}
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._passed.end(self.model, cache)
+        return loss
 
     def _optimizer_is_ours(self) -> bool:
         return self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim in ADAMW
@@ -286,6 +304,20 @@ class SleepTrainer(Trainer):
                 f"train_dataset: none of the first {len(rows)} rows has a label to train on. "
                 f"Labels are those of input_ids at the same place, {IGNORED} for no loss; "
                 "the first token of a row cannot be predicted"
+            )
+
+    def _check_passing(self) -> None:
+        if not self.args.pass_states:
+            return
+        sleep, given = self.model.config.sleep, f"pass_states={self.args.pass_states}"
+        if sleep.eviction != "hard" or sleep.num_sink_tokens:
+            raise ValueError(
+                f"{given} with eviction={sleep.eviction!r}, num_sink_tokens={sleep.num_sink_tokens}: a row would begin "
+                "without the KV that a sleep leaves there. Set eviction='hard' and num_sink_tokens=0, or pass_states=0"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{given}: sharded weights are read in step, without a cache. Set pass_states=0, or use DDP"
             )
 
     def _check_checkpoint(self, folder: Path) -> None:
