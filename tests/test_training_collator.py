@@ -50,6 +50,17 @@ def test_metadata_is_dropped_and_a_row_s_own_pads_stay_pads():
     assert SleepCollator()([{"input_ids": [1, 2]}]).keys() == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_where_rows_sleep_is_padded_with_no_sleep(side):
+    rows = [{"input_ids": [4, 5, 6], "sleep_after": [0, 1, 1]}, {"input_ids": [7], "sleep_after": [True]}]
+    batch = SleepCollator(side, pad_token_id=1)(rows)
+    assert batch["sleep_after"].dtype == torch.int64
+    assert batch["sleep_after"].tolist() == [[0, 1, 1], [0, 0, 1] if side == "left" else [1, 0, 0]]
+    assert "labels" not in batch
+    labelled = SleepCollator(side)([{**row, "labels": row["input_ids"]} for row in rows])
+    assert labelled.keys() == {"input_ids", "attention_mask", "labels", "sleep_after"}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 @pytest.mark.parametrize("collator", [SleepCollator("right"), SleepCollator("left", 8), SleepCollator("right", 16)])
@@ -100,6 +111,8 @@ def test_positions_that_only_count_up_are_no_sign_of_packing():
     [
         ([{"input_ids": [1, 2], "labels": [1]}], "2 input_ids and 1 labels"),
         ([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1]}], "some rows of the batch have labels"),
+        ([{"input_ids": [1, 2], "sleep_after": [1]}], "2 input_ids and 1 sleep_after"),
+        ([{"input_ids": [1], "sleep_after": [1]}, {"input_ids": [1]}], "some rows of the batch have sleep_after"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(rows, message):

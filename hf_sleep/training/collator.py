@@ -19,9 +19,10 @@ class SleepCollator:
     A sleeping model reads each row on its own, and its windows count real tokens. So the side and the amount of
     padding, and the token that pads are filled with, change no row's windows, loss or answers.
 
-    Rows have `input_ids`, and may have `labels` and an `attention_mask`; other columns (`difficulty`, `answer`) are
-    dropped. Labels that nothing predicts, at pads and at a row's first token, become `IGNORED`: the Trainer divides the
-    loss by the number of labels, so they would count.
+    Rows have `input_ids`, and may have `labels`, an `attention_mask` and `sleep_after` (0 or 1 for every token, 1 where
+    the row sleeps after it, whatever its window holds). Other columns (`difficulty`, `answer`) are dropped. Labels that
+    nothing predicts, at pads and at a row's first token, become `IGNORED`: the Trainer divides the loss by the number
+    of labels, so they would count.
 
     Args:
         padding_side: `"left"` or `"right"`.
@@ -45,17 +46,22 @@ class SleepCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and, where the rows have them, `labels`: `[B, T]`, int64."""
+        """`input_ids`, `attention_mask` and, where the rows have them, `labels` and `sleep_after`: `[B, T]`, int64."""
         for row in rows:
             refuse_packed(row)
         if len({"labels" in row for row in rows}) > 1:
             raise ValueError(
                 f"some rows of the batch have labels and some have none: label all, with {IGNORED} for no loss"
             )
+        if len({"sleep_after" in row for row in rows}) > 1:
+            raise ValueError(
+                "some rows of the batch have sleep_after and some have none: give it to all, with 0 for no sleep"
+            )
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        batch = {name: torch.full((len(rows), width), fill) for name, fill in fills.items()}
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED, "sleep_after": 0}
+        made = {"input_ids", "attention_mask"} | (fills.keys() & rows[0].keys())
+        batch = {name: torch.full((len(rows), width), fill) for name, fill in fills.items() if name in made}
         for i, row in enumerate(rows):
             count = len(row["input_ids"])
             columns = slice(width - count, width) if self.padding_side == "left" else slice(count)
@@ -64,9 +70,6 @@ class SleepCollator:
                 if len(row[name]) != count:
                     raise ValueError(f"a row has {count} input_ids and {len(row[name])} {name}: they must be as many")
                 batch[name][i, columns] = torch.as_tensor(row[name])
-        if "labels" not in rows[0]:
-            del batch["labels"]
-            return batch
         return without_unpredicted(batch)
 
 
