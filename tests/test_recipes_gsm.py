@@ -90,15 +90,19 @@ def test_a_base_is_fine_tuned_evaluated_and_written_down(recipe, base, tmp_path,
     results = recipe("finetune_gsm").main(options)
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for when in ("before", "after"):
-        assert {score["N"] for score in results[when]} == {1, 2}
+        read = {(score["reads"], score["N"]) for score in results[when]}
+        assert read == {("all", 1), ("all", 2), ("last_window", 2), ("full", 2)}
         assert sum(score["n"] for score in results[when]) == 2 * 2 * 8
+        assert all(len(s["right"]) == s["n"] for s in results[when])
+        assert all(s["accuracy"] == s["right"].count("1") / s["n"] for s in results[when])
         task = GSMInfinite(ops=(1, 2), tokens=(0, 0))
         assert all(score["chance"] == task.chance(score["difficulty"], score["mode"]) for score in results[when])
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]["window_size"] == 40
     assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2]
     assert (folder / "accuracy.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
-    for line in ("before, N = 1", "before, N = 2", "after, N = 2", "after, last window alone", "chance"):
+    lasts = ("before, full context", "after, last window alone", "after, full context", "chance")
+    for line in ("before, N = 1", "before, N = 2", "after, N = 2", *lasts):
         assert f"| {line} |" in printed
     model = AutoModelForSleepLM.from_pretrained(folder / "model")
     assert (model.config.sleep.window_size, model.config.sleep.sleep_passes) == (40, 2)
@@ -165,14 +169,12 @@ def test_what_is_not_to_be_trained_stays(recipe, base, stage, tmp_path):
 
 
 def test_the_seed_is_of_a_retrofits_blocks_and_a_checkpoint_keeps_its_own(recipe, base, tmp_path):
-    gsm = recipe("finetune_gsm")
-
     def load(seed, source):
-        options = gsm.parse_arguments(
+        options = recipe("finetune_gsm").parse_arguments(
             ["--model", str(source), "--output", str(tmp_path / "run"), "--window-size", "40"]
         )
         torch.manual_seed(seed)
-        return gsm.load(options)
+        return recipe("shared.finetuning").load(options)
 
     first, again, other = (load(seed, base).fast_weights.state_dict() for seed in (1, 1, 2))
     drawn = [name for name in first if name.endswith(("proj.weight", "A_log")) and "o_proj" not in name]
@@ -262,14 +264,14 @@ def test_a_hybrid_trains_its_own_layers_on_a_text(recipe, tokenizer, tmp_path):
 def test_autocast_is_for_machines_that_have_bfloat16(preset, recipe, monkeypatch):
     module = recipe("finetune_gsm")
     for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(module, "default_dtype", lambda: dtype)  # noqa: B023
+        monkeypatch.setattr(recipe("shared.finetuning"), "default_dtype", lambda: dtype)  # noqa: B023
         assert module.parse_arguments(["--preset", preset]).bf16 == (dtype == torch.bfloat16)
         assert module.parse_arguments(["--preset", preset, "--bf16"]).bf16
         assert not module.parse_arguments(["--preset", preset, "--no-bf16"]).bf16
 
 
 def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
-    monkeypatch.setattr(recipe("finetune_gsm"), "default_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(recipe("shared.finetuning"), "default_dtype", lambda: torch.bfloat16)
     parse = recipe("finetune_gsm").parse_arguments
     presets = {name: parse(["--preset", name]) for name in ("paper-jet-nemotron", "paper-ouro", "paper-ouro-sliding")}
     for options in presets.values():
@@ -299,7 +301,7 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
     monkeypatch.setattr(
         AutoModelForSleepLM, "from_pretrained", lambda name, sleep, dtype: seen.update(sleep) or stand_in
     )
-    recipe("finetune_gsm").load(sliding)
+    recipe("shared.finetuning").load(sliding)
     sleep = SleepConfig(**seen).resolve(published)
     assert (sleep.num_blocks, sleep.block_num_heads, sleep.block_head_dim) == (6, 12, 96)
     assert sleep.block_half_lives is None

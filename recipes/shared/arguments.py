@@ -41,7 +41,7 @@ def parse(
     kind: type[Options],
     description: str | None,
     arguments: list[str] | None = None,
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    presets: Mapping[str | None, Mapping[str, Any]] | None = None,
     positional: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Options:
     """Read the command line.
@@ -50,7 +50,7 @@ def parse(
         kind: the dataclass of a recipe's arguments.
         description: the recipe's docstring.
         arguments: instead of the process's own.
-        presets: by the value of `--preset`, what stands where no argument is given.
+        presets: by the value of `--preset`, what stands where no argument is given; by `None` where a recipe has none.
         positional: by name, and in their order, what argparse is to know of arguments without dashes; they are fields
             of `kind` with `init=False`.
 
@@ -68,7 +68,8 @@ def parse(
                 off, dest=each.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
             )
     if presets:
-        parser.set_defaults(**presets.get(parser.parse_known_args(arguments)[0].preset, {}))
+        chosen = getattr(parser.parse_known_args(arguments)[0], "preset", None)
+        parser.set_defaults(**presets.get(chosen, {}))
     try:
         options, *extra = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
