@@ -26,13 +26,13 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from hf_sleep import AutoModelForSleepLM, SleepLMConfig
-from hf_sleep.data import Depo, GSMInfinite, KHop, Rule110
+from hf_sleep.data import Depo, GSMInfinite, KHop, Managers, Rule110
 from hf_sleep.data.task import Task
 from hf_sleep.files import write_file
 from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
 from hf_sleep.training.trainer import TASK_FILE
 
-TASKS = {"gsm_infinite": GSMInfinite, "rule110": Rule110, "depo": Depo, "khop": KHop}
+TASKS = {"gsm_infinite": GSMInfinite, "rule110": Rule110, "depo": Depo, "khop": KHop, "managers": Managers}
 POSITIONAL = {
     "model": {"help": "Hub id or folder, of a base or of a model that sleeps"},
     "task": {"choices": tuple(TASKS), "help": "what to ask"},
@@ -54,12 +54,12 @@ class Arguments:
 
 
 def make_task(name: str, settings: dict[str, Any], model: str, window_size: int | None) -> Task:
-    """A task by its name; `settings` come from JSON, without tuples. GSM-Infinite is laid out for `window_size`."""
+    """A task by its name; `settings` come from JSON, without tuples. Tasks in words are laid out for `window_size`."""
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     unknown = settings.keys() - {field.name for field in dataclasses.fields(TASKS[name])}
     if unknown:
         raise SystemExit(f"--task-settings: {TASKS[name].__name__} has no field {', '.join(sorted(unknown))}")
-    if name == "gsm_infinite":
+    if name in ("gsm_infinite", "managers"):
         settings["tokenizer"] = AutoTokenizer.from_pretrained(model)
         settings |= {} if window_size is None else {"window_size": window_size}
     return TASKS[name](**settings)
