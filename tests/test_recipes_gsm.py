@@ -305,7 +305,7 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
     sleep = SleepConfig(**seen).resolve(published)
     assert (sleep.num_blocks, sleep.block_num_heads, sleep.block_head_dim) == (6, 12, 96)
     assert sleep.block_half_lives is None
-    recipe("finetune_gsm").load(parse(["--block-half-lives", "0.5", "8"]))
+    recipe("shared.finetuning").load(parse(["--whole-model", "--block-half-lives", "0.5", "8"]))
     assert SleepConfig(**seen).block_half_lives == (0.5, 8.0)
     for preset in ("small", "smollm2", "smollm2-sliding"):
         assert parse(["--preset", preset]).block_half_lives is None
