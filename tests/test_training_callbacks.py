@@ -445,6 +445,22 @@ def test_gradient_norms_are_those_of_the_loss(eviction, passes, checkpointing, t
     assert not model._pass_hooks
 
 
+def test_passes_are_watched_where_the_next_log_is_measured(tmp_path):
+    class Hooks(TrainerCallback):
+        watched = ()
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.watched += (len(model._pass_hooks),)
+
+    model, hooks = tiny(), Hooks()
+    trainer = trainer_of(tmp_path, model, [hooks], max_steps=9, logging_steps=2)
+    trainer.add_callback(SleepMonitor(trainer, every=2))
+    trainer.train()
+    assert hooks.watched == (0, 0, 1, 1, 0, 0, 1, 1, 0)
+    assert [entry["step"] for entry in measurements(trainer) if "gradient_norm_pass_2" in entry] == [4, 8]
+    assert not model._pass_hooks
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_nothing_of_a_step_outlives_it(eviction, checkpointing, tmp_path):

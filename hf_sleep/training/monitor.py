@@ -60,24 +60,28 @@ class SleepMonitor(TrainerCallback):
         self._batch: dict[str, Any] = {}
         self._norms: dict[int, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
+        self._watching: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_sharded(model, "SleepMonitor", "Leave it out")
         self.on_train_end(args, state, control)
         self._handles = [model.register_forward_pre_hook(self._keep_batch, with_kwargs=True)]
-        self._handles.append(model.register_pass_hook(self._watch))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._watching):
             handle.remove()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._norms.clear()
+        for handle in self._watching:
+            handle.remove()
+        # Only where the next log is measured: a pass that is watched runs layers that nobody else wants.
+        is_next = (self._logs + 1) % self.every == 0
+        self._watching = [model.register_pass_hook(self._watch)] if is_next else []
 
     def _watch(self, event: PassEvent) -> None:
-        norms = self._norms.setdefault(
-            event.number, []
-        )  # a hook that held a state would keep it, and its graph, forever
+        # A hook that held a state, or the event, would keep it, and its graph, forever.
+        norms = self._norms.setdefault(event.number, [])
 
         def add(gradient: torch.Tensor) -> None:
             # Small gradients have no squares in float32, and Apple's GPUs no float64.
