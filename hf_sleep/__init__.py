@@ -13,6 +13,7 @@ from .memory import FastWeights
 from .modeling import SleepForCausalLM
 from .registry import register_base, register_between, register_block, register_eviction, register_pass_policy
 from .state import SleepState
+from .suggest import LoopSuggestion, suggest_loop
 from .version import __version__
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FastWeights",
     "JetNemotronConfig",
     "JetNemotronForCausalLM",
+    "LoopSuggestion",
     "OuroConfig",
     "OuroForCausalLM",
     "PassEvent",
@@ -44,4 +46,5 @@ __all__ = [
     "register_eviction",
     "register_pass_policy",
     "sleep_lora_config",
+    "suggest_loop",
 ]

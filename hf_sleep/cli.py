@@ -17,6 +17,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .info import SleepInfo
+    from .suggest import LoopSuggestion
 
 app = typer.Typer(
     add_completion=False,
@@ -117,8 +118,7 @@ def info(
     asked = {name: value for name, value in settings.items() if value is not None}
     logging.set_verbosity_error()
     try:
-        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists():
-            raise ValueError(f"there is no folder {model}")
+        _check_folder(model)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         found = describe(config, asked, dtype)
     except (ValueError, OSError) as error:
@@ -130,6 +130,83 @@ def info(
     console = Console(highlight=False)
     for part in _view(found, console.width):
         console.print(part)
+
+
+@app.command()
+def suggest_loop(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id or folder, of a base model or of a sleep checkpoint.")
+    ],
+    *,
+    text: Annotated[Path | None, typer.Option(help="File whose beginning is read. By default our own text.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot there, such as loop.png. Needs matplotlib.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure which layers of MODEL can run again, and suggest loop and blocks.
+
+    Loads the model and reads a few hundred tokens, once and then once for each range that is tried. Nothing is trained.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from .auto import AutoModelForSleepLM
+    from .dtypes import dtype_to_load
+    from .lm_config import SleepLMConfig
+    from .suggest import suggest_loop as measure
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        _check_folder(model)
+        read = None if text is None else text.read_text(encoding="utf-8")
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        auto: Any = AutoModelForSleepLM if isinstance(config, SleepLMConfig) else AutoModelForCausalLM
+        loaded = auto.from_pretrained(model, revision=revision, dtype=dtype_to_load(config, None) or "auto")
+        found = measure(loaded, AutoTokenizer.from_pretrained(model, revision=revision), read)
+        if plot is not None:
+            found.plot(plot)
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo("Error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    console = Console(highlight=False)
+    for part in _view_suggestion(found):
+        console.print(part)
+
+
+def _check_folder(model: str) -> None:
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists():
+        raise ValueError(f"there is no folder {model}")
+
+
+def _view_suggestion(found: "LoopSuggestion") -> Iterator[RenderableType]:
+    """Render what `hf-sleep suggest-loop` shows, part by part."""
+    from .suggest import remark
+
+    yield Text(found.name, "bold")
+    yield f"{found.tokens} tokens; next-token loss of one pass {found.loss:.2f} nats"
+    yield ""
+    layers = Table(box=None, pad_edge=False, title="Layers, left by the median token", title_justify="left")
+    for name in ("layer", "angle", "norm", "first token", "sink", "kind"):
+        layers.add_column(name, justify="left" if name in ("sink", "kind") else "right")
+    for row in found.layers:
+        numbers = (str(row.index), f"{row.angle:.3f}", f"{row.norm:,.1f}", f"{row.first_norm:,.1f}")
+        layers.add_row(*numbers, row.sink, row.kind.replace("_", " "))
+    yield layers
+    yield ""
+    ranges = Table(box=None, pad_edge=False, title="Ranges run twice, in nats over one pass", title_justify="left")
+    for name in ("loop", "loss", ""):
+        ranges.add_column(name, justify="left" if not name else "right")
+    for candidate in found.candidates:
+        first, end = candidate.loop_layers
+        ranges.add_row(f"{first}:{end}", f"{candidate.loss:+.2f}", remark(candidate))
+    yield ranges
+    yield ""
+    settings = [f"{name}={getattr(found.config, name)}" for name in ("loop_layers", "block_layers")]
+    yield f"SleepConfig({', '.join(settings)})"
 
 
 def _view(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
