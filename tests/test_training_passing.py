@@ -4,11 +4,12 @@ import pytest
 import torch
 from families import make_model, sleep_config, tokens
 from helpers import QUIET, weights
+from peft import LoraConfig, get_peft_model
 
 from hf_sleep import SleepCache
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.memory import KV, FastWeights
-from hf_sleep.training import SleepCollator, SleepTrainer, SleepTrainingArguments
+from hf_sleep.training import SleepCollator, SleepTrainer, SleepTrainingArguments, WindowsCurriculum
 from hf_sleep.training.passing import PassedStates
 
 L = 6
@@ -143,3 +144,17 @@ def test_other_evictions_are_refused(fields, tmp_path):
 def test_a_share_is_from_0_to_1(share, tmp_path):
     with pytest.raises(ValueError, match=rf"pass_states={share} must be a share"):
         SleepTrainingArguments(tmp_path, pass_states=share)
+
+
+def test_an_adapter_s_rows_begin_so_too(tmp_path):
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))
+    trainer = trainer_of(tmp_path, model, max_steps=2)
+    calls = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["cache"].batch_size) if module.training else None,
+        with_kwargs=True,
+    )
+    trainer.add_callback(WindowsCurriculum({0: 2}))
+    trainer.train()
+    assert calls == [0, 4]
+    assert logged(trainer, "num_input_tokens_seen")[-1] <= 8 * 2 * L
