@@ -6,10 +6,12 @@ from itertools import chain, product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import make_model, sleep_config, tokens
 from helpers import QUIET, pad, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_sleep import SleepCache
 from hf_sleep.data import KHop
 from hf_sleep.training import (
     SleepCollator,
@@ -134,7 +136,12 @@ def test_windows_are_the_whole_row_s(side, with_flags):
             assert cut["input_ids"][r][real].tolist() == rows[b][kept[b]].tolist()
             assert cut["labels"][r][real].tolist() == [-100, *rows[b][kept[b]][1:].tolist()]
             assert (cut["labels"][r][~real] == -100).all()
-            assert not with_flags or cut["sleep_after"][r][real].tolist() == flags[b][kept[b]].tolist()
+            if with_flags:
+                left = flags[b][kept[b]]
+                if keep == "first" and len(windows[b]) > n:
+                    left[-1] = 0  # a window that is the last now does not sleep
+                assert cut["sleep_after"][r][real].tolist() == left.tolist()
+                assert not cut["sleep_after"][r][~real].any()
 
 
 def test_rows_without_more_windows_and_without_a_mask():
@@ -280,3 +287,71 @@ def test_a_trainer_that_does_not_cut_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Only a SleepTrainer cuts them"):
         plain.train()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+# A column that says where rows sleep.
+
+
+def marked(n=8):
+    """Rows of different lengths, with a mark somewhere in the first two windows and at the end of some."""
+    rows = text(n)
+    for i, row in enumerate(rows):
+        length = len(row["labels"])
+        row["sleep_after"] = [int(j in (2 + i % 5, 7) or (j == length - 1 and i % 2 == 1)) for j in range(length)]
+    return rows
+
+
+def loss_in_pieces(model, rows):
+    """Each row read up to every mark, with `sleep()` between; the mean loss over all targets."""
+    losses = []
+    for row in rows:
+        ids, cache, logits, first = torch.tensor([row["input_ids"]]), SleepCache(), [], 0
+        for end in [i + 1 for i, mark in enumerate(row["sleep_after"]) if mark] + [ids.shape[1]]:
+            if first < end:
+                logits.append(model(ids[:, first:end], cache=cache).logits)
+            if row["sleep_after"][end - 1]:
+                model.sleep(cache)
+            first = end
+        losses.append(F.cross_entropy(torch.cat(logits, 1)[0, :-1], ids[0, 1:], reduction="sum"))
+    return sum(losses) / sum(len(row["labels"]) - 1 for row in rows)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_with_marks_is_sleeping_between_the_pieces(side, tmp_path):
+    rows = marked()
+    fields = {"train_sampling_strategy": "sequential", "max_steps": 1, "max_grad_norm": 1e9}
+    fields |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    trainer = trainer_of(tmp_path, (), rows, tiny(sleep_passes=2), SleepCollator(side), **fields)
+    trainer.train()
+    model = tiny(sleep_passes=2).train()
+    loss = loss_in_pieces(model, rows)
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert logged(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged(trainer, "grad_norm")[0] == pytest.approx(norm.item(), rel=1e-4)
+    without = [{name: column for name, column in row.items() if name != "sleep_after"} for row in rows]
+    other = trainer_of(tmp_path, (), without, tiny(sleep_passes=2), SleepCollator(side), **fields)
+    other.train()
+    assert logged(other)[0] != pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_marked_rows_are_cut_to_their_windows(keep, tmp_path):
+    rows, short = marked(), []
+    for row in rows:
+        windows = naive_windows(len(row["labels"]), row["sleep_after"], L)
+        kept = list(chain(*(windows[:3] if keep == "first" else windows[-3:])))
+        short.append({name: [column[i] for i in kept] for name, column in row.items()})
+    fields = {"train_sampling_strategy": "sequential", "max_steps": 2}
+    cut = trainer_of(tmp_path, [WindowsCurriculum({0: 3}, keep)], rows, **fields)
+    twin = trainer_of(tmp_path, (), short, **fields)
+    for trainer in (cut, twin):
+        trainer.train()
+    assert logged(cut) == pytest.approx(logged(twin), rel=1e-5)
+
+
+def test_a_column_of_another_length_is_refused(tmp_path):
+    rows = marked(4)
+    rows[1]["sleep_after"] = rows[1]["sleep_after"][:-1]
+    with pytest.raises(ValueError, match=r"a row has \d+ input_ids and \d+ sleep_after: they must be as many"):
+        trainer_of(tmp_path, (), rows).train()

@@ -140,13 +140,17 @@ def cut_rows(batch: Batch, window_size: int, windows: int, keep: str) -> dict[st
     mask = ids.new_ones(shape, dtype=torch.long) if mask is None else mask
     real = mask != 0
     number = window_numbers(real, batch.get("sleep_after"), window_size)
-    kept = number < windows if keep == "first" else number > number.amax(1, keepdim=True) - windows
-    kept = kept & real
+    last = number.amax(1, keepdim=True)
+    kept = real & (number < windows if keep == "first" else number > last - windows)
     if torch.equal(kept, real):
         return dict(batch)
     columns = kept.any(0).nonzero().flatten()
     span = slice(int(columns[0]), int(columns[-1]) + 1)
     cut = {**without_unpredicted({**batch, "attention_mask": mask}), "attention_mask": mask.masked_fill(~kept, 0)}
+    if batch.get("sleep_after") is not None:
+        # Nobody wants a sleep after the last token that is left, either.
+        asleep = kept if keep == "last" else kept & ((number < windows - 1) | (last < windows))
+        cut["sleep_after"] = batch["sleep_after"].masked_fill(~asleep, 0)
     before = cut.get("labels")
     cut = {name: v[:, span] if torch.is_tensor(v) and v.shape[:2] == shape else v for name, v in cut.items()}
     cut = without_unpredicted(cut)
@@ -154,7 +158,7 @@ def cut_rows(batch: Batch, window_size: int, windows: int, keep: str) -> dict[st
         lost = (before != IGNORED).any(1) & ~(cut["labels"] != IGNORED).any(1)
         if bool(lost.any()):
             row = int(lost.nonzero()[0])
-            labels, of = int((before[row] != IGNORED).sum()), int(number[row].max()) + 1
+            labels, of = int((before[row] != IGNORED).sum()), int(last[row]) + 1
             other = "last" if keep == "first" else "first"
             raise ValueError(
                 f"WindowsCurriculum: row {row} of a batch has {of} windows (L={window_size}) and {labels} labels, and "
