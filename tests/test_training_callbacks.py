@@ -657,6 +657,23 @@ def test_generated_answers_by_difficulty_and_n(tmp_path):
     assert model.config.sleep.sleep_passes == 2
 
 
+def test_prompts_are_slept_on_where_their_rows_say(tmp_path):
+    model, rows, plain = tiny(), [], 0
+    for i, length in enumerate((5, 17, 11, 9)):
+        prompt = tokens(length, seed=i)[None]
+        marks = torch.tensor([[int(j in (1, length - 1)) for j in range(length)]])
+        answer = model.generate(prompt, sleep_after=marks, max_new_tokens=3)[0, length:].tolist()
+        plain += model.generate(prompt, max_new_tokens=3)[0, length:].tolist() == answer
+        pads = {"attention_mask": [0] + [1] * (length + 3), "sleep_after": [0, *marks[0].tolist(), 1, 0, 0]}
+        rows.append({"input_ids": [7, *prompt[0].tolist(), *answer], "labels": [-100] * (length + 1) + answer} | pads)
+    assert plain < 4
+    trainer = trainer_of(tmp_path, model, eval_dataset=TASK.dataset(4))
+    trainer.add_callback(GenerationEvaluation(trainer, rows, (2,)))
+    assert trainer.evaluate()["eval_generate_accuracy_passes_2"] == 1.0
+    with pytest.raises(ValueError, match="prompt_ids and sleep_after"):
+        GenerationEvaluation(trainer, [{"prompt_ids": [1]} | rows[0]], (2,))
+
+
 def test_rows_without_a_difficulty_have_one_mean(tmp_path):
     model, rows = tiny(), []
     for i, length in enumerate((5, 17, 11)):

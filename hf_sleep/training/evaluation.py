@@ -60,14 +60,14 @@ class GenerationEvaluation(TrainerCallback):
     Args:
         trainer: whose `log` reports it.
         rows: with `labels`, `input_ids` or `prompt_ids`, and, all or none, `difficulty`. The prompt is `prompt_ids`, or
-            the tokens before the first label; the answer is the labels.
+            the tokens before the first label, which may have `sleep_after`; the answer is the labels.
         sleep_passes: each N to generate with.
         batch_size: rows that are generated at once, padded on the left.
 
     Raises:
         TypeError: without a trainer.
-        ValueError: a row without an answer, or whose labels are no text that follows the prompt; no rows, or some with
-            a difficulty and some without.
+        ValueError: a row without an answer, or whose labels are no text that follows the prompt, or with both
+            `prompt_ids` and `sleep_after`; no rows, or some with a difficulty and some without.
 
     Source: Lee et al. 2026 (arXiv 2605.26099), exact match on GSM-Infinite.
     """
@@ -102,8 +102,8 @@ class GenerationEvaluation(TrainerCallback):
         self.trainer.log(mine)
 
     @staticmethod
-    def _generate(model: Any, rows: list[tuple[Any, list[int], list[int]]], passes: int) -> list[list[int]]:
-        batch = SleepCollator(padding_side="left")([{"input_ids": prompt} for _, prompt, _ in rows])
+    def _generate(model: Any, rows: list[tuple[Any, dict[str, list], list[int]]], passes: int) -> list[list[int]]:
+        batch = SleepCollator(padding_side="left")([prompt for _, prompt, _ in rows])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         longest = max(len(answer) for _, _, answer in rows)
         # What the base's own generation config asks for, a penalty on repetition for one, is not greedy.
@@ -127,17 +127,22 @@ def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
     return trainer
 
 
-def prompt_and_answer(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """The tokens that a row asks with and those that answer it, from `prompt_ids` or up to the first label."""
+def prompt_and_answer(row: Mapping[str, Any]) -> tuple[dict[str, list], list[int]]:
+    """What a row asks with, a row for `SleepCollator`, and the tokens that answer it."""
     labelled = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
     answer = [row["labels"][i] for i in labelled]
     if answer and "prompt_ids" in row:
-        return list(row["prompt_ids"]), answer
+        if "sleep_after" in row:
+            raise ValueError(
+                "GenerationEvaluation: a row has prompt_ids and sleep_after, which says of its input_ids where it "
+                "sleeps: leave one of them out"
+            )
+        return {"input_ids": list(row["prompt_ids"])}, answer
     if not answer or not labelled[0] or list(row["input_ids"][labelled[0] : labelled[-1] + 1]) != answer:
         raise ValueError(
             "GenerationEvaluation: a row's labels must be one answer, token after token as in its input_ids, "
             "after a prompt; where they are not, teacher-forced accuracy (SleepTrainer.evaluate) can judge it"
         )
-    prompt = row["input_ids"][: labelled[0]]
-    mask = row.get("attention_mask", [1] * len(prompt))
-    return [token for token, real in zip(prompt, mask, strict=False) if real], answer
+    mask = row.get("attention_mask", [1] * labelled[0])
+    kept = [i for i in range(labelled[0]) if mask[i]]
+    return {name: [row[name][i] for i in kept] for name in ("input_ids", "sleep_after") if name in row}, answer
