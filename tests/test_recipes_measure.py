@@ -139,6 +139,31 @@ def test_full_context_is_the_base_and_the_last_window_is_alone(recipe, base, tok
         assert module.last_window(asked, size)["input_ids"] == left
 
 
+def test_rows_sleep_where_they_say(recipe, base, tokenizer):
+    task = Managers(tokenizer, people=5, windows=3, questions=2, window_size=60)
+    rows = task.rows(0, "test", range(3))
+    model, slept = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 60}).eval(), []
+    with model.on_sleep(slept.append):
+        recipe("shared.answers").judge(model, task, rows, 3)
+    for b, row in enumerate(rows):
+        ends = [i + 1 for i, sleeps in enumerate(row["sleep_after"]) if sleeps]
+        assert [sleep.tokens for sleep in slept if sleep.row == b] == ends
+    with model.on_sleep(slept.append):
+        recipe("shared.answers").judge(model, task, [recipe("shared.answers").last_window(row, 60) for row in rows], 3)
+    assert len(slept) == 3 * 3
+    arguments = SleepTrainingArguments(output_dir="unused", max_steps=1, use_cpu=True, report_to="none")
+    trainer = SleepTrainer(model, arguments, train_dataset=task.stream(), task=task)
+    assert next(iter(trainer.get_train_dataloader()))["sleep_after"].sum(1).tolist() == [3] * 8
+
+
+def test_a_checkpoint_is_evaluated_on_managers(recipe, base, tokenizer, tmp_path):
+    settings = {"people": 5, "hops": [1, 2], "questions": 2}
+    options = ["--task-settings", json.dumps(settings), "--window-size", "60", "--problems", "5"]
+    scores = recipe("evaluate").main([base, "managers", *options, "--output", str(tmp_path)])
+    assert {(score["difficulty"], score["chance"]) for score in scores} == {(1, 1 / 4), (2, 1 / 4)}
+    assert sum(score["n"] for score in scores) == 5 * 2
+
+
 def test_mcnemar_is_exact(recipe):
     mcnemar = recipe("compare_runs").mcnemar
     for only_a, only_b in product(range(7), range(7)):
