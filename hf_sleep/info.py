@@ -13,10 +13,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from .bases.decoder import decoder_for
 from .config import SleepConfig
 from .engine import Slot
-from .engine.slots import Attention, BaseRecurrence, Block, Norm, WindowKV
+from .engine.slots import Attention, BaseRecurrence, Block, Norm, WindowKV, among
 from .engine.window import Append
 from .lm_config import SleepLMConfig
-from .memory import KV, Carried, Memory
+from .memory import KV, Carried, Counters, Memory
 from .modeling import SleepForCausalLM
 
 ROLES: dict[type[Slot], str] = {Attention: "attention", BaseRecurrence: "linear", Block: "block", Norm: "norm"}
@@ -162,6 +162,8 @@ def describe(
         6 · T · H · K · V                                  fast weights: S is read at k, written, and read at q
         4 · T · H · K · V                                  Mamba2's: S is written, and read at C
 
+    A sleep leaves out what nobody wants: after the last fast weights, the last pass over a window whose KV is dropped.
+
     The few parameters of norms and biases count as if they were matrices. Activations, softmax, RoPE and the embedding
     are left out, and so is what a chunked kernel of the recurrence multiplies within its chunks.
 
@@ -216,9 +218,13 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
 
     size, order, everything = sleep.window_size, sleeper.order, range(len(slots))
     passes, keys = most_passes(sleep), sleeper.eviction.most_retained + size
-    again = (passes - 1) * (flops(order.loop, size, keys) + 2 * size * _count(model.between)) + (
-        flops(order.after, size, keys) if passes > 1 else 0
-    )
+    # As of a window that holds no sinks.
+    sinks = sleep.num_sink_tokens
+    needed = sleeper.remembered([Counters(seen=sinks + size, fill=size, retained=sleeper.eviction.most_retained)])
+    again = 0
+    if passes > 1:
+        again = (passes - 1) * 2 * size * _count(model.between) + (passes - 2) * flops(order.loop, size, keys)
+        again += sum(flops(among(part, needed), size, keys) for part in (order.loop, order.after))
     return SleepInfo(
         name=name,
         is_checkpoint=is_checkpoint,

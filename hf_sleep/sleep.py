@@ -177,7 +177,7 @@ class Sleeper:
         again = replace(window, decays=not self.decay_once)
         start = order.at_start(memory)
         asked = policy.begin()
-        remembered = self._remembered(memory.counters)
+        remembered = self.remembered(memory.counters)
         previous, written = None, self._shown(carried, asked)
         while policy.continues(asked, number, previous, written):
             number += 1
@@ -210,12 +210,12 @@ class Sleeper:
         if span.is_wanted or not span.sleeps_next:
             return order.all
         rows = [memory.counters[b].after_reading(n) for b, n in zip(span.rows, span.counts, strict=True)]
-        remembered = self._remembered(rows)
+        remembered = self.remembered(rows)
         if policy.at_most == 1 and not self.watchers.of_passes:
             return remembered
         return order.up_to_loop if policy.at_least > 1 else max(remembered, order.up_to_loop, key=len)
 
-    def _remembered(self, rows: Sequence[Counters]) -> range:
+    def remembered(self, rows: Sequence[Counters]) -> range:
         """The slots in which anything is left of the current windows when these rows have slept, from the first on."""
         return self.order.up_to_memory if all(map(self.eviction.drops_window, rows)) else self.order.all
 

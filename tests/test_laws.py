@@ -88,6 +88,21 @@ def test_1_one_pass_and_a_window_that_never_fills_is_always_the_base(family):
         assert torch.equal(model(ids).logits, make_base(family)(ids).logits)
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("family", [name for name in BITWISE if name != "jet_nemotron"])
+def test_1_with_a_gate_every_number_of_passes_is_one_pass_bit_for_bit(family, eviction):
+    """A closed gate repeats pass 1, which bases with fast weights of their own would write twice."""
+    style, sinks = EVICTIONS[eviction]
+    fields = {"window_size": L, "between": "gate", "eviction": style, "num_sink_tokens": sinks}
+    ids = torch.stack((tokens(4 * L + 3, 1), tokens(4 * L + 3, 2)))
+    for loop in (None, (0, 4)):
+        model = make_model(family, sleep_config(family, loop_layers=loop, **fields), trained=False)
+        with torch.no_grad():
+            expected = model(ids, sleep_passes=1).logits
+            for passes in (2, 4):
+                assert torch.equal(model(ids, sleep_passes=passes).logits, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_1_wrapping_leaves_the_base_untouched(family):
     def look(config):

@@ -65,8 +65,11 @@ class Advice:
         else:
             return
         advice = " Train it through sleep first; until then, sleep only bounds memory."
-        if sleep.eviction == "sliding" and policy.at_most != 1:
-            advice += " Until then slide with sleep_passes=1, too: KV of a second pass is noise to it."
+        if sleep.eviction == "sliding" and policy.at_most != 1 and sleep.between == "none":
+            advice += (
+                " Until then slide with sleep_passes=1 or between='gate', too: KV of a second pass over what the first "
+                "wrote is noise to it."
+            )
         logger.warning_once(f"This model was given {what}{advice}")
 
     def _of_stuck(self, model: nn.Module) -> None:
