@@ -52,7 +52,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     options = []
     for name, field in SETTINGS.items():
         numbers = [kind for kind in (int, float) if type(field.default) is kind or field.type == kind | None]
-        kind: Any = numbers[0] if numbers else str
+        kind: Any = numbers[0] if numbers else bool if field.type is bool else str
         shown = ":".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         default = "" if shown is None else f" [default: {shown}]"
         option = typer.Option(help=field.metadata["help"] + default, show_default=False, **ROWS.get(name, {}))
@@ -273,7 +273,8 @@ def _strip(found: "SleepInfo", width: int) -> Iterator[RenderableType]:
     if any(slot.role == "norm" for slot in found.slots):
         legend.append("N  the final norm, which closes every pass")
     passes = _number(found.passes, "pass", "passes")
-    legend.append(f"=  layers {found.loop_text}: {passes} over every window")
+    between = "" if sleep.between == "none" else f", with a step between them: {sleep.between}"
+    legend.append(f"=  layers {found.loop_text}: {passes} over every window{between}")
     sinks = f", {sleep.num_sink_tokens} sink tokens" if sleep.num_sink_tokens else ""
     legend.append(f"   sleeps after every {sleep.window_size:,} tokens; {sleep.eviction} eviction{sinks}")
     for line in legend:

@@ -69,9 +69,9 @@ class SleepConfig:
     )
     between: str | None = _setting(
         None,
-        "Step between two passes. none: a pass reads what the last one wrote, as in the paper. gate: it reads e + g (z "
-        "- e), of what pass 1 read, e, and what the last pass wrote, z, with a trained g per channel, at first 0. By "
-        "default what the base's family names: none where it was pre-trained with loops or is the paper's, else gate.",
+        "Step between two passes. gate: a pass reads e + g (z - e), of what pass 1 read, e, and what the last pass "
+        "wrote, z; g is trained, one per channel, at first 0. none: it reads z, as in the paper. By default none in "
+        "the two models of the paper, and gate in all others.",
     )
     decay_once: bool = _setting(
         False,

@@ -112,7 +112,7 @@ def test_what_a_reader_sees_of_a_base(base: str) -> None:
     assert "    0  FF+F+F\n        ==== \n" in result.stdout
     assert "llama, 4 layers of width 32, 31.8 k parameters" in result.stdout
     assert "+  jet block, injected after layers 1, 2: 1 head of 8 keys x 16 values" in result.stdout
-    assert "=  layers 1..2 of 4: 3 passes over every window" in result.stdout
+    assert "=  layers 1..2 of 4: 3 passes over every window, with a step between them: gate" in result.stdout
     assert f"512 tokens of {found.kv_bytes_per_token} bytes" in result.stdout
     assert "sleep, 2 more passes" in result.stdout
 
@@ -203,7 +203,7 @@ def test_the_help_shows_the_defaults_of_the_library() -> None:
         default = getattr(SleepConfig(), name)
         default = ":".join(map(str, default)) if isinstance(default, tuple) else default
         shown = re.search(rf"{re.escape(field.metadata['help'])}(?: \[default: (\S+)\])?", text)
-        assert shown
+        assert shown, name
         assert shown[1] == (None if default is None else str(default))
 
 

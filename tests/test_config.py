@@ -316,6 +316,24 @@ def test_a_config_from_before_there_were_half_lives_means_the_kinds_own():
         assert old.changed(asked).sleep_passes == 5
 
 
+def test_a_config_from_before_there_was_a_choice_has_nothing_between_its_passes():
+    written = SleepConfig().resolve(make_config("llama")).to_dict()
+    assert written.pop("between") == "gate"
+    assert written.pop("decay_once") is False
+    old = SleepConfig.from_dict(written).resolve(make_config("llama"))
+    assert (old.between, old.decay_once) == ("none", False)
+    assert old.changed(SleepConfig(sleep_passes=4)).resolve(make_config("llama")).between == "none"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gate_lies_between_passes_but_in_the_two_bases_of_the_paper(family):
+    config = make_config(family)
+    paper = family in ("ouro", "jet_nemotron")
+    assert SleepConfig().resolve(config).between == ("none" if paper else "gate")
+    assert SleepConfig(between="gate").resolve(config).between == "gate"
+    assert SleepConfig(between="none").resolve(config).between == "none"
+
+
 def test_settings_of_the_blocks_are_compared_by_value():
     """A list, as JSON has it, is the tuple that it stands for."""
     asked = {"block_layers": [0, 2], "block_half_lives": [1.0, 8.0], "sleep_passes": 4}

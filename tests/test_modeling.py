@@ -436,6 +436,14 @@ def test_without_a_target_every_trainable_parameter_gets_a_gradient(checkpointin
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_step_without_a_second_pass_gives_the_gate_a_gradient_too(passes):
+    """DDP waits for one."""
+    model, ids = sleeper(between="gate").train(), tokens(2 * L + 3)[None]
+    model(ids, labels=ids, sleep_passes=passes).loss.backward()
+    assert model.between.gate.grad.any() == (passes > 1)
+
+
 def test_logits_are_made_in_training_where_they_are_asked_for():
     model, ids = sleeper().train(), tokens(2 * L + 3)[None]
     out = model(ids, labels=ids, logits_to_keep=2)
@@ -516,7 +524,13 @@ def test_a_hybrid_warns_unless_it_was_trained_since_it_was_retrofitted(trained, 
 def test_the_warning_says_how_to_slide_untrained(warned):
     sleep = sleep_config("llama", window_size=L, eviction="sliding", sleep_passes=3)
     make_model("llama", sleep, trained=False)(tokens(2 * L)[None])
-    assert "sleep_passes=1" in warned()[0]
+    assert "sleep_passes=1 or between='gate'" in warned()[0]
+
+
+def test_with_a_closed_gate_an_untrained_model_may_slide(warned):
+    sleep = sleep_config("llama", window_size=L, eviction="sliding", sleep_passes=3, between="gate")
+    make_model("llama", sleep, trained=False)(tokens(2 * L)[None])
+    assert "sleep_passes=1" not in warned()[0]
 
 
 # Trainer.
