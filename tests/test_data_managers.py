@@ -28,7 +28,9 @@ def byte_level(vocab_size, names):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    corpus = [f" {name}'s manager is {name}. {name} likes {thing}." for name in names for thing in LIKED]
+    corpus = [
+        f" The manager of the manager of {name} is {name}. {name} likes {thing}." for name in names for thing in LIKED
+    ]
     special = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": ["<s>", "</s>"]}
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab_size, **special))
     return bpe
@@ -69,16 +71,16 @@ def solve(tokenizer, row):
         sentences = re.findall(r" ([^.]+)\.", window.removeprefix("<s>"))
         assert "".join(f" {sentence}." for sentence in sentences) == window.removeprefix("<s>")
         for sentence in sentences:
-            if match := re.fullmatch(r"(\w+)'s manager is (\w+)", sentence):
+            if match := re.fullmatch(r"The manager of (\w+) is (\w+)", sentence):
                 assert match[1] not in manager
                 manager[match[1]] = match[2]
             else:
                 assert re.fullmatch(r"(\w+) likes (\w+)", sentence)
     answers, hops, asked = [], [], []
     for line in questions.splitlines():
-        name, managers = re.fullmatch(r" (\w+?)((?:'s manager)+) is", line).groups()
+        managers, name = re.fullmatch(r" The manager of((?: the manager of)*) (\w+) is", line).groups()
         asked.append(name)
-        hops.append(managers.count("'s manager"))
+        hops.append(1 + managers.count("the manager"))
         for _ in range(hops[-1]):
             name = manager[name]
         answers.append(name)
@@ -146,7 +148,7 @@ def test_rows(tokenizer):
     assert list(task.dataset(5, 3)) == list(task.stream(3).take(5)) == rows
     assert task.rows(3, "test", range(5)) != rows
     text = [[tokenizer.decode(row["input_ids"]), row["hops"], row["answer"]] for row in rows]
-    assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "c38f3bf3d1a02bfd"
+    assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "fec736c4c1fa93ba"
     perfect = [*rows[0]["labels"][1:], 0]
     assert task.score(perfect, rows[0]) == [(k, True) for k in rows[0]["hops"]]
     last = max(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
@@ -159,12 +161,12 @@ def test_rows(tokenizer):
 def test_chance_is_what_a_guess_among_the_people_scores(tokenizer):
     task, guesser = Managers(tokenizer, people=6, questions=4), random.Random(0)
     right, asked = Counter(), Counter()
-    for row in task.rows(0, "test", range(400)):
+    for row in task.rows(0, "test", range(1_000)):
         *_, manager = solve(tokenizer, row)
         questions = tokenizer.decode(parts(row)[-1]).splitlines()
         for k, name, question in zip(row["hops"], row["answer"], questions, strict=True):
             asked[k] += 1
-            right[k] += name == guesser.choice([other for other in manager if f" {other}'" not in question])
+            right[k] += name == guesser.choice([other for other in manager if f" {other} " not in question])
     for k in task.difficulties:
         assert task.chance(k) == 1 / 5
         assert right[k] / asked[k] == pytest.approx(1 / 5, abs=0.05)

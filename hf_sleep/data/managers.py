@@ -10,7 +10,6 @@ from ..labels import IGNORED
 from .khop import is_held_out
 from .task import SPLITS, Row, Task
 
-MANAGER = "'s manager"
 NAMES = (
     *("Adam", "Alan", "Alex", "Alice", "Amy", "Andy", "Anna", "Barry", "Ben", "Betty", "Bill", "Bob", "Brian", "Carl"),
     *("Carol", "Chris", "Clara", "Dan", "David", "Dean", "Diana", "Doug", "Ed", "Ella", "Emma", "Eric", "Ethan", "Eve"),
@@ -33,14 +32,23 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def fact(name: str, manager: str) -> str:
+    return f" The manager of {name} is {manager}."
+
+
+def question(name: str, hops: int) -> str:
+    return f" The manager of{' the manager of' * (hops - 1)} {name} is"
+
+
 @dataclass(frozen=True)
 class Managers(Task):
     """A paragraph that says who manages each of n people, and questions about managers of managers of some of them.
 
-    `Ann's manager is Bo. Bo likes tea. ...`, and then `Ann's manager's manager is`: k times `'s manager`, and the loss
-    on the name alone. The managers go round in one circle, which no company has: so anyone may be the answer at any k,
-    and nothing but the facts tells who. Sentences about what people like fill each of the `windows` windows up to L
-    tokens, less than a sentence short. In a window, sentences come in random order. None continues in the next one.
+    `The manager of Ann is Bo. Bo likes tea. ...`, and then `The manager of the manager of Ann is`, with the loss on the
+    name alone. Names stand close together, so that short convolutions see both. The managers go round in one circle,
+    which no company has: so anyone may be the answer at any k, and nothing but the facts tells who. Sentences about
+    what people like fill each of the `windows` windows up to L tokens, less than a sentence short. In a window,
+    sentences come in random order. None continues in the next one.
 
     All of the paragraph is slept on before anything is asked: `sleep_after` is 1 at the last token of each window. Each
     question, on a line of its own, is about another person, with a k of its own. The name that answers it is the label
@@ -81,8 +89,8 @@ class Managers(Task):
         self._require_int("windows", 1, n)
         self._require_int("questions", 1, n)
         self._require("tokenizer", bool(self._encode("\n")), "it must have a token for a line's end")
-        fact = max(len(self._encode(f" {name}{MANAGER} is {name}.")) for name in self._names)
-        least = max(len(self._start) + -(-n // self.windows) * fact, self._asked_length)
+        longest = max(len(self._encode(fact(name, name))) for name in self._names)
+        least = max(len(self._start) + -(-n // self.windows) * longest, self._asked_length)
         self._require_int("window_size", 1)
         self._require("window_size", self.window_size >= least, f"it must be at least {least}, for facts and questions")
 
@@ -115,7 +123,7 @@ class Managers(Task):
         ids, sleep_after, order = list(self._start), [0] * len(self._start), rng.sample(range(n), n)
         for w in range(self.windows):
             who = order[n * w // self.windows : n * (w + 1) // self.windows]
-            facts = [self._encode(f" {circle[i]}{MANAGER} is {circle[(i + 1) % n]}.") for i in who]
+            facts = [self._encode(fact(circle[i], circle[(i + 1) % n])) for i in who]
             room = self.window_size - (0 if w else len(self._start))
             window = self._filled(rng, facts, circle, room)
             ids += window
@@ -124,9 +132,9 @@ class Managers(Task):
         for i in rng.sample(range(n), self.questions):
             hops.append(rng.choice(self.hops))
             answer.append(circle[(i + hops[-1]) % n])
-            question = self._encode(f" {circle[i]}{MANAGER * hops[-1]} is")
-            ids += question + end
-            labels += [IGNORED] * len(question) + [self._names[answer[-1]]] + [IGNORED] * (len(end) - 1)
+            asked = self._encode(question(circle[i], hops[-1]))
+            ids += asked + end
+            labels += [IGNORED] * len(asked) + [self._names[answer[-1]]] + [IGNORED] * (len(end) - 1)
         row: Row = {
             "input_ids": ids,
             "labels": labels,
@@ -172,5 +180,5 @@ class Managers(Task):
     @cached_property
     def _asked_length(self) -> int:
         """Most tokens of the questions of a row."""
-        each = max(len(self._encode(f" {name}{MANAGER * self.hops[-1]} is\n")) for name in self._names)
+        each = max(len(self._encode(question(name, self.hops[-1]) + "\n")) for name in self._names)
         return self.questions * each
