@@ -21,6 +21,7 @@ from hf_sleep.training import (
     SleepMonitor,
     SleepTrainer,
     SleepTrainingArguments,
+    SpikeGuard,
     freeze_all_but_fast_weights,
 )
 
@@ -172,6 +173,7 @@ def make_trainer(
         trainer.add_callback(HardEvictionWarmup(steps=options.hard_warmup_steps))
     if not trainer.is_fsdp_enabled:
         trainer.add_callback(NonFiniteGuard())
+        trainer.add_callback(SpikeGuard(trainer))
         trainer.add_callback(SleepMonitor(trainer))
     return trainer, answers
 
