@@ -27,7 +27,7 @@ def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-BEFORE = {"between": "none", "block_half_lives": None}
+BEFORE: dict[str, Any] = {"between": "none", "decay_once": False, "block_half_lives": None}
 """What a config means that was written before a field came whose default is another."""
 
 

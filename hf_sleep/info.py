@@ -224,7 +224,8 @@ def _measure(model: SleepForCausalLM, name: str, is_checkpoint: bool, dtype: tor
     again = 0
     if passes > 1:
         again = (passes - 1) * 2 * size * _count(model.between) + (passes - 2) * flops(order.loop, size, keys)
-        again += sum(flops(among(part, needed), size, keys) for part in (order.loop, order.after))
+        last = among(order.loop, needed) if sleep.make_policy().at_most else order.loop
+        again += flops(last, size, keys) + flops(among(order.after, needed), size, keys)
     return SleepInfo(
         name=name,
         is_checkpoint=is_checkpoint,

@@ -31,6 +31,11 @@ def loaded(module: nn.Module) -> Iterator[None]:
         hook.post_forward(module, None)
 
 
+def without_views(pair: Any) -> Any:
+    """A pair of tensors, neither of them a view: FSDP2 warns of views that a module returns, which it cannot watch."""
+    return type(pair)(*(t.clone() if t._is_view() else t for t in pair))
+
+
 def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function(*arguments)`, with the weights of `module` gathered as FSDP2 gathers them for its forward.
 
@@ -43,13 +48,12 @@ def as_forward(module: nn.Module, function: Callable[..., Any], *arguments: Any)
     if not isinstance(module, FSDPModule):
         return function(*arguments)
 
-    def without_views(*arguments: Any) -> Any:
-        # FSDP2 warns of views, which it cannot watch.
+    def own(*arguments: Any) -> Any:
         x, pair = function(*arguments)
-        return x, type(pair)(*(t.clone() if t._is_view() else t for t in pair))
+        return x, without_views(pair)
 
     holder: Any = module
-    holder._as_forward = without_views
+    holder._as_forward = own
     register_fsdp_forward_method(module, "_as_forward")
     run = holder._as_forward
     del holder._as_forward

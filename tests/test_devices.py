@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from hf_sleep import SleepCache
 from hf_sleep.bases.decoder import decoder_for
+from hf_sleep.engine import PassEvent
 from hf_sleep.state import fingerprint
 from hf_sleep.training import SleepMonitor
 
@@ -86,7 +87,8 @@ def test_gradient_norms_are_measured_without_float64_on_the_models_device(scale)
     monitor.trainer.log = logged.update
     monitor.measure = lambda model: {}
     monitor.trainer.accelerator = SimpleNamespace(autocast=torch.no_grad)
-    monitor._watch(1, [SimpleNamespace(requires_grad=True, register_hook=hooks.append)])
+    written = [SimpleNamespace(requires_grad=True, register_hook=hooks.append)]
+    monitor._watch(PassEvent(1, written, torch.zeros(2, 1, 4), None, [1, 1]))
     gradients = [scale * torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     for gradient in gradients:
         hooks[0](elsewhere(gradient))

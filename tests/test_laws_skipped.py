@@ -7,10 +7,11 @@ from unittest import mock
 import pytest
 import torch
 from families import FAMILIES, tokens
-from helpers import EVICTIONS, L, T, sleeper, states
+from helpers import EVICTIONS, L, T, assert_close, sleeper, states, stream
 
 from hf_sleep import SleepCache
 from hf_sleep.engine import Eviction
+from hf_sleep.registry import EVICTIONS as EVICTION_STYLES
 from hf_sleep.sleep import Sleeper
 from hf_sleep.training import freeze_all_but_fast_weights
 
@@ -82,6 +83,24 @@ def test_11_losses_and_gradients(case, checkpointing, frozen):
         full = run()
     assert len(lean) == len(full)
     assert all(torch.equal(a, b) for a, b in zip(lean, full, strict=True))
+
+
+class LastTwo(Eviction):
+    """Keeps the last two tokens, and says so in `after` alone."""
+
+    most_retained, max_position = 2, 100
+
+    def after(self, row):
+        return row.after_sleep(min(2, row.kv_length), row.position)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_11_an_eviction_of_ones_own_that_does_not_know_of_it(passes, monkeypatch):
+    monkeypatch.setitem(EVICTION_STYLES._classes, "last_two", LastTwo)
+    model, ids = sleeper("llama/hard/N3/1-3", eviction="last_two"), tokens(T)[None]
+    with torch.no_grad():
+        stepwise, _ = stream(model, ids, [1] * T, sleep_passes=passes)
+        assert_close(model(ids, logits_to_keep=1, sleep_passes=passes).logits, stepwise[:, -1:])
 
 
 def layers_run(model, **settings):

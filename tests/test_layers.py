@@ -307,3 +307,13 @@ def test_a_block_from_outside_sleeps(passes):
         other = ids.clone()
         other[:, 1:3] = ids[:, 1:3] % 60 + 1
         assert not torch.allclose(model(other).logits[:, -1], whole.logits[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gated_delta_net", "jet"])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_no_output_is_a_view_where_gradients_are_wanted(kind, length):
+    """FSDP2 cannot watch one."""
+    block = FastWeightBlock(kind, 32, 2, 8, 2.0, 4)
+    block.init_weights(0.02)
+    x, fast_weights = block(torch.randn(2, length, 32), block.empty(2, torch.device("cpu"), torch.float32))
+    assert not any(t._is_view() for t in (x, *fast_weights))

@@ -126,7 +126,8 @@ def test_wake_is_one_loop_whatever_total_ut_steps_says():
 @pytest.mark.parametrize(("loop", "norms"), [((0, 4), 1 + 3), ((1, 4), 1 + 3), ((1, 3), 1 + 1)])
 def test_the_norm_closes_every_pass_that_reaches_the_last_layer(loop, norms):
     """One read, then a sleep of N = 4: three more passes; where the loop ends before, the layers after it once."""
-    model, cache = make_model("ouro", sleep_config("ouro", loop_layers=loop)), SleepCache()
+    # Sliding, where what the last pass makes is wanted.
+    model, cache = make_model("ouro", sleep_config("ouro", loop_layers=loop, eviction="sliding")), SleepCache()
     with mock.patch.object(model.lm.model.norm, "forward", wraps=model.lm.model.norm.forward) as norm, torch.no_grad():
         model(tokens(6)[None], cache=cache)
         model.sleep(cache, sleep_passes=4)

@@ -118,6 +118,13 @@ def test_generate_continues_a_conversation_with_marks_in_its_new_part():
             assert answer[0, -1] == expected
 
 
+@pytest.mark.parametrize("width", [5, 7])
+def test_generate_refuses_marks_of_another_width(width):
+    model, ids = sleeper("llama/hard/N2/all"), tokens(6)[None]
+    with pytest.raises(ValueError, match=rf"sleep_after has shape \(1, {width}\): it must be \[B, 6\]"):
+        model.generate(ids, sleep_after=torch.zeros(1, width, dtype=torch.long), max_new_tokens=1)
+
+
 def test_marks_that_cannot_be():
     model, ids = sleeper("llama/hard/N2/all"), tokens(6)[None]
     cache = SleepCache()

@@ -326,6 +326,22 @@ def measurements(trainer):
     return [entry for entry in trainer.state.log_history if "sleep_share" in entry]
 
 
+def test_windows_are_measured_where_the_data_ends_them(tmp_path):
+    rows = [{"input_ids": tokens(n, n).tolist(), "labels": tokens(n, n).tolist()} for n in (14, 9, 20)]
+    for row, ends in zip(rows, ((3, 8), (0,), (7,)), strict=True):
+        row["sleep_after"] = [int(i in ends) for i in range(len(row["input_ids"]))]
+    model = tiny(sleep_passes=2)
+    measured = measurements(monitored(tmp_path, model, rows, max_steps=1, per_device_train_batch_size=3))[-1]
+    with torch.no_grad():
+        whole = model.eval()(**SleepCollator("left")(rows)).loss
+    # Windows of L = 6: 4, 5 and 5 tokens; 1, 6 and 2; 6, 2, 6 and 6. The last token of a row predicts nothing.
+    counts = [4 + 1 + 6, 5 + 6 + 2, 4 + 1 + 6, 5]
+    by_window = [measured[f"loss_window_{i + 1}"] for i in range(4)]
+    mean = sum(loss * count for loss, count in zip(by_window, counts, strict=True)) / sum(counts)
+    assert mean == pytest.approx(whole.item(), rel=1e-5)
+    assert "loss_window_5" not in measured
+
+
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_the_loss_by_window_is_the_loss(eviction, tmp_path):
     rows = [{"input_ids": tokens(n, n).tolist(), "labels": tokens(n, n).tolist()} for n in (4, 14, 20, 9)]

@@ -158,3 +158,11 @@ def test_an_adapter_s_rows_begin_so_too(tmp_path):
     trainer.train()
     assert calls == [0, 4]
     assert logged(trainer, "num_input_tokens_seen")[-1] <= 8 * 2 * L
+
+
+def test_what_is_passed_on_is_no_sleep_that_anyone_is_told_of(tmp_path):
+    model, told = tiny(window_size=64), []
+    model.on_sleep(told.append)
+    model.register_pass_hook(told.append)
+    trainer_of(tmp_path, model).train()
+    assert not told

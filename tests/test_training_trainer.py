@@ -488,8 +488,12 @@ def test_a_run_from_before_there_were_half_lives_continues(tmp_path):
         written = json.loads((folder / name).read_text(encoding="utf-8"))
         is_config = name == "config.json"
         sleep = (written if is_config else written["stateful_callbacks"]["SleepRecord"]["attributes"])["sleep"]
-        del sleep["block_half_lives"]
+        del sleep["block_half_lives"], sleep["decay_once"]
         (folder / name).write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sleep\.decay_once=False, this model has True"):
+        trainer_of(tmp_path / "other", tiny(decay_once=True), callbacks=callbacks).train(
+            resume_from_checkpoint=str(folder)
+        )
     for half_lives in ((0.25, 16.0), None):
         model = tiny(block_half_lives=half_lives)
         trainer = trainer_of(tmp_path / "on", model, callbacks=callbacks, max_steps=3)

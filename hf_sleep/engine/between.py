@@ -60,7 +60,7 @@ class Gate(Between):
     """A gate per channel: the next pass reads `e + gate * (z - e)`, at first just `e`.
 
     An untrained pass then repeats the one before, whatever N, and none is ever far from what its layers were trained
-    to read. `gate` is `[C]`. It is trained at a rate of its own, without weight decay.
+    to read. `gate` is `[C]`. `SleepTrainer` trains it at a rate of its own, without weight decay.
 
     Source: ours; a gate near the identity as in LoopUS (arXiv 2605.11011).
     """
@@ -73,7 +73,10 @@ class Gate(Between):
 
     def forward(self, z: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
         assert e is not None  # needs_loop_input
-        return e + self.gate.to(z.device, z.dtype) * (z - e)
+        # In 16 bits the difference of two large activations may overflow.
+        high = torch.promote_types(z.dtype, torch.float32)
+        start = e.to(high)
+        return (start + self.gate.to(z.device, high) * (z.to(high) - start)).to(z.dtype)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         init.zeros_(self.gate)

@@ -75,8 +75,11 @@ class Eviction:
     def drops_window(self, row: Counters) -> bool:
         """Whether a sleep leaves no KV of a row's current window, as its counters after the read say.
 
-        Then no layer after the last fast weights needs to run for it. Override it where `plan` is.
+        Then no layer after the last fast weights needs to run for it. A style with an `after` or a `plan` of its own
+        says no, where it does not override this too.
         """
+        if type(self).after is not Eviction.after or type(self).plan is not Eviction.plan:
+            return False
         return not self.recent and self.sinks(row.seen) <= row.retained
 
     def may_leave(self, row: Counters) -> bool:

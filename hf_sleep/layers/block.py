@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from ..checks import is_whole
 from ..memory import FastWeights
+from ..placement import without_views
 from ..registry import BLOCKS
 
 
@@ -162,7 +163,7 @@ class FastWeightBlock(nn.Module):
     ) -> tuple[torch.Tensor, FastWeights]:
         """Add what the mixer makes of `x` `[B, T, C]`; arguments and results as `FastWeightMixer.forward` has them."""
         mixed, fast_weights = self.mixer(self.norm(x), fast_weights, lengths, decays)
-        return x + mixed, fast_weights
+        return x + mixed, without_views(fast_weights) if torch.is_grad_enabled() else fast_weights
 
     def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
         """Set fresh weights, with the zero at the output, where the gradient still reaches it.

@@ -354,9 +354,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         logits, loss = answer(asked, reads, sleeper.decoder, x, vocab_size, skip_head, self.gradient_checkpointing)
         if loss is not None and asked.targets is not None and labels is not None:
             loss = mean_loss(loss, asked.targets, labels, num_items_in_batch)
-        if loss is not None and self.training:
-            # DDP waits for a gradient of every parameter, and a step without a second pass has none of these.
-            loss = loss + sum(0.0 * p.sum().to(loss.device) for p in self.between.parameters() if p.requires_grad)
+        if self.training and torch.is_grad_enabled():
+            loss, logits = self._reaching_all(loss), logits if loss is not None else self._reaching_all(logits)
 
         if cache is None and use_cache:
             cache = SleepCache()
@@ -367,6 +366,11 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         if skip_head:
             output = BaseModelOutputWithPast(last_hidden_state=logits, **past)
         return output.to_tuple() if return_dict is False else output
+
+    def _reaching_all(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        """`t`, with a gradient for what lies between passes: DDP waits for one, and a step of one pass has none."""
+        parts = [p.sum() for p in self.between.parameters() if p.requires_grad]
+        return t if t is None or not parts else t + 0.0 * sum(part.to(t.device, t.dtype) for part in parts)
 
     def _caches_by_default(self) -> bool:
         # Ranks that hold a part of the weights each read in step, which those with a cache of their own cannot.

@@ -67,9 +67,14 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
                     f"attention_mask=torch.ones({len(held.counters)}, {held.columns + width}, dtype=torch.long)"
                 )
             held.check_past(None if mask is None else mask[:, : held.columns])
-        if (after := model_kwargs.get("sleep_after")) is not None and held.counters and not is_whole:
-            # In columns of the conversation, as a whole one is.
-            model_kwargs["sleep_after"] = F.pad(after, (held.columns, 0))
+        if (after := model_kwargs.get("sleep_after")) is not None:
+            if after.dim() != 2 or after.shape[1] != width:
+                raise ValueError(
+                    f"sleep_after has shape {tuple(after.shape)}: it must be [B, {width}], as the input is"
+                )
+            if held.counters and not is_whole:
+                # In columns of the conversation, as a whole one is.
+                model_kwargs["sleep_after"] = F.pad(after, (held.columns, 0))
         if (positions := model_kwargs.pop("position_ids", None)) is not None:
             refuse_packed({"position_ids": positions}, mask)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)

@@ -16,6 +16,9 @@ from ..labels import IGNORED, next_labels
 from ..ops import gate_hook
 from .evaluation import check_trainer
 from .parameters import refuse_sharded
+from .windows import window_numbers
+
+KEPT = ("input_ids", "attention_mask", "labels", "sleep_after")
 
 
 class SleepMonitor(TrainerCallback):
@@ -94,7 +97,7 @@ class SleepMonitor(TrainerCallback):
 
     def _keep_batch(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         if module.training:
-            self._batch = {name: named.get(name) for name in ("input_ids", "attention_mask", "labels")}
+            self._batch = {name: named.get(name) for name in KEPT}
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -128,30 +131,29 @@ class SleepMonitor(TrainerCallback):
 
     def _read(self, model: Any) -> tuple[dict[str, float], SleepCache]:
         """Losses by window and seconds, and what was remembered."""
-        ids, targets, real = self._left_aligned()
-        size, cache, metrics = model.config.sleep.window_size, SleepCache(), {}
-        asleep, began = 0.0, _now(ids.device)
-        for number, start in enumerate(range(0, ids.shape[1], size)):
-            window = slice(start, start + size)
+        kept: dict[str, Any] = {name: None if t is None else t[: self.rows] for name, t in self._batch.items()}
+        ids, mask, marks = kept["input_ids"], kept["attention_mask"], kept["sleep_after"]
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+        targets = next_labels(kept["labels"], real)
+        number = window_numbers(real, marks, model.config.sleep.window_size).masked_fill(~real, -1)
+        metrics: dict[str, float] = {}
+        cache, asleep, began = SleepCache(), 0.0, _now(ids.device)
+        for window in range(int(number.max()) + 1):
+            mine = number == window
+            columns = mine.long().argsort(dim=1, descending=True, stable=True)[:, : int(mine.sum(1).max())]
+            read = {"input_ids": ids.gather(1, columns), "attention_mask": mine.gather(1, columns).long()}
+            if marks is not None:
+                read["sleep_after"] = marks.gather(1, columns) * read["attention_mask"]
             sleeps: list[SleepEvent] = []
             with model.on_sleep(sleeps.append):
-                output = model(input_ids=ids[:, window], attention_mask=real[:, window].long(), cache=cache)
-            # All that sleep in this call do it before its first token, and so together.
-            asleep += max((event.seconds for event in sleeps), default=0.0)
-            if bool((targets[:, window] != IGNORED).any()):
-                logits = output.logits.float().flatten(0, 1)
-                loss = F.cross_entropy(logits, targets[:, window].flatten(), ignore_index=IGNORED)
-                metrics[f"loss_window_{number + 1}"] = loss.item()
+                logits = model(**read, cache=cache).logits
+            # Those who slept together share their seconds.
+            asleep += sum({event.seconds for event in sleeps})
+            wanted = targets.gather(1, columns).masked_fill(read["attention_mask"] == 0, IGNORED)
+            if bool((wanted != IGNORED).any()):
+                loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+                metrics[f"loss_window_{window + 1}"] = loss.item()
         return metrics | {"sleep_seconds": asleep, "sleep_share": asleep / (_now(ids.device) - began)}, cache
-
-    def _left_aligned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, targets and whether a column is a token, `[B, T]`, with each row's tokens first: windows are columns."""
-        ids, labels = self._batch["input_ids"][: self.rows], self._batch["labels"][: self.rows]
-        mask = self._batch["attention_mask"]
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[: self.rows] != 0
-        order = real.long().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(1).max())]
-        ids, labels, real = (t.gather(1, order) for t in (ids, labels, real))
-        return ids, next_labels(labels, real), real
 
 
 def fast_weights(cache: SleepCache) -> list[torch.Tensor]:

@@ -1,11 +1,13 @@
 """State passing: rows begin with the fast weights that rows of the batch before ended with."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..cache import SleepCache
+from ..engine import FixedPasses, Watchers
 from ..memory import Counters, FastWeights, Memory
 
 
@@ -41,8 +43,9 @@ class PassedStates:
     def end(self, model: Any, cache: SleepCache) -> None:
         """Keep what the rows of a batch left in `cache`: their fast weights, as if that were where a text begins."""
         cache.memory = cache.memory.map(torch.Tensor.detach)
-        with torch.no_grad():
-            memory = model.sleep(cache, sleep_passes=1).memory  # the one pass is over: this only evicts
+        sleeper = replace(model._sleeper(), watchers=Watchers())
+        with torch.no_grad():  # the one pass is over: this only evicts, and is no sleep to be told of
+            memory = sleeper.sleep(cache.memory, range(cache.batch_size), FixedPasses(1))
         carried = tuple(pair if isinstance(pair, FastWeights) else None for pair in memory.carried)
         cache.memory = Memory((Counters(),) * cache.batch_size, carried, memory.window_start)
         self._last = cache

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from ..config import BEFORE
 from .schedules import DuringStep
 
 
@@ -47,6 +48,8 @@ def check_same_run(folder: Path, model: Any, schedules: Iterable[DuringStep]) ->
     saved = json.loads(config.read_text(encoding="utf-8")).get("sleep", {}) if config.is_file() else {}
     if "SleepRecord" in written:  # an adapter's checkpoint has no config.json
         saved |= written["SleepRecord"]["attributes"]["sleep"]
+    if saved:  # half-lives are of first values alone
+        saved = {name: value for name, value in BEFORE.items() if name != "block_half_lives"} | saved
     for name, value in sleep_settings(model).items():
         if saved.get(name, value) != value:
             raise ValueError(

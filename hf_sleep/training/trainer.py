@@ -156,6 +156,7 @@ class SleepTrainer(Trainer):
         self.task = task
         super().__init__(model, args, data_collator or SleepCollator(), *others, **kwargs)
         self.add_callback(SleepRecord(self.model))
+        self._passed = PassedStates(args.pass_states, args.seed)
         if self.pop_callback(ProgressCallback):
             self.add_callback(TokensPerSecond())
 
