@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sleep.data import Depo, KHop, Rule110
+from hf_sleep.data import Depo, KHop, KHopText, Rule110
 from hf_sleep.data.khop import is_held_out
 
 COMMON = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -22,6 +22,7 @@ TASKS = {
     "rule110": (Rule110.paper(), "a0bfad2752acc8d5", "6225b6caeb4e1426"),
     "depo": (Depo.paper(), "fcfbf67257a50908", "f78e553b379f6f71"),
     "khop": (KHop(), "14c796bc8a41e70d", "07a665a088cc5e7a"),
+    "khop_text": (KHopText(), "86056760396fc6c3", "a41b088a260cc3ca"),
     "khop_windows": (KHop(16, (3, 5), num_queries=6, windows=3), "d33e04a5aa6fb259", "a1570e1385f18224"),
 }
 ALL = pytest.mark.parametrize("task", [task for task, *_ in TASKS.values()], ids=list(TASKS))
@@ -80,6 +81,71 @@ def test_answers_follow_from_the_tokens(task, seed, split):
     assert row["labels"] == [-100] * first + [own + v for v in expected]
     assert len(row["input_ids"]) == len(row["labels"]) == task.length
     assert is_held_out([successor[u] for u in range(task.num_nodes)]) == (split == "test")
+
+
+def questions(task, row):
+    """The successors, and k, node and answer of every question, from the tokens of text-like facts alone."""
+    n, names, ids = task.num_nodes, task.num_names or task.num_nodes, row["input_ids"]
+    facts, asked = ids[: 4 * n], ids[4 * n : -1]
+    assert facts[1::4] == [names] * n
+    assert facts[3::4] == [names + 1] * n
+    assert ids[-1] == task.vocab_size - 1 == 2 * names + 1
+    successor = dict(zip(facts[::4], facts[2::4], strict=True))
+    said = []
+    for token, u in zip(asked[::2], asked[1::2], strict=True):
+        v = u
+        for _ in range(token - names - 1):
+            v = successor[v]
+        said.append((token - names - 1, u, v))
+    return successor, said
+
+
+@given(
+    n=st.integers(5, 10),
+    hops=st.sampled_from([(1,), (1, 2, 3, 4), (2, 4)]),
+    count=st.one_of(st.none(), st.integers(1, 9)),
+    more=st.one_of(st.none(), st.integers(0, 3)),
+    seed=st.integers(0, 10**6),
+    split=st.sampled_from(["train", "test"]),
+)
+@COMMON
+def test_answers_follow_from_the_facts(n, hops, count, more, seed, split):
+    task = KHopText(n, hops, count, None if more is None else n + more)
+    row = task.example(seed, split)
+    successor, said = questions(task, row)
+    names = sorted(successor)
+    assert names == sorted(successor.values())
+    assert len(names) == n
+    assert set(names) <= set(range(task.num_names or n))
+    assert is_held_out([names.index(successor[u]) for u in names]) == (split == "test")
+    assert len(said) == (count or 2 * n - 1)
+    assert row["answer"] == [v for _, _, v in said]
+    assert row["difficulty"] == max(k for k, _, _ in said)
+    labelled = [i for i, label in enumerate(row["labels"]) if label != -100]
+    assert [row["labels"][i] for i in labelled] == row["answer"]
+    assert [row["input_ids"][i - 1] for i in labelled] == [u for _, u, _ in said]
+    assert task.answers(row) == [(k, [i]) for i, (k, _, _) in zip(labelled, said, strict=True)]
+    assert {k for k, _, _ in said} <= set(task.difficulties) == set(hops)
+    assert len(row["input_ids"]) == len(row["labels"]) == task.length <= 2 * task.window_size
+
+
+def test_text_never_says_an_answer():
+    """After the facts there are hop counts and the nodes that are asked for, drawn alike."""
+    task = KHopText(6, hops=(2,))
+    pairs = Counter((u, v) for row in task.rows(0, "train", range(500)) for _, u, v in questions(task, row)[1])
+    assert len(pairs) == 30
+    assert max(pairs.values()) < 2 * min(pairs.values())
+    assert task.chance(2) == 1 / 5
+    assert {token for row in task.rows(0, "train", range(50)) for token in row["input_ids"][24:]} == {*range(6), 9, 13}
+
+
+def test_short_cycles_of_many_names_speak_as_long_ones():
+    short, long = KHopText(5, num_names=8), KHopText(8)
+    assert short.vocab_size == long.vocab_size == 18
+    assert (short.hop_token, short.window_size, long.window_size) == (long.hop_token, 20, 32)
+    names = Counter(u for row in short.rows(0, "train", range(300)) for u in questions(short, row)[0])
+    assert len(names) == 8
+    assert max(names.values()) < 1.3 * min(names.values())
 
 
 def test_cycles_come_one_after_another_and_are_asked_about_alike():
@@ -161,6 +227,20 @@ def test_chance_is_what_a_guess_among_the_nodes_scores():
 def test_errors_name_field_value_and_fix(fields, message):
     with pytest.raises(ValueError, match=message):
         KHop(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_nodes": 4}, r"KHopText\.num_nodes=4 .*at least 5"),
+        ({"hops": (1, 8)}, r"KHopText\.hops=\(1, 8\) .*from 1 to 7"),
+        ({"num_names": 7}, r"KHopText\.num_names=7 .*at least 8"),
+        ({"num_questions": 16}, r"KHopText\.num_questions=16 .*from 1 to 15"),
+    ],
+)
+def test_errors_of_the_text_name_field_value_and_fix(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KHopText(**fields)
 
 
 @pytest.mark.parametrize("name", TASKS)

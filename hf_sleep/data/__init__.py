@@ -2,9 +2,9 @@
 
 from .depo import Depo
 from .gsm_infinite import GSMInfinite
-from .khop import KHop
+from .khop import KHop, KHopText
 from .managers import Managers
 from .rule110 import Rule110
 from .task import Task
 
-__all__ = ["Depo", "GSMInfinite", "KHop", "Managers", "Rule110", "Task"]
+__all__ = ["Depo", "GSMInfinite", "KHop", "KHopText", "Managers", "Rule110", "Task"]
