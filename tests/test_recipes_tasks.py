@@ -1,6 +1,7 @@
 """The recipes that train small hybrids from scratch, run for a few steps, and what they write down."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -68,6 +69,35 @@ def test_a_recipe_trains_compares_and_writes_everything_down(recipe, name, more,
     assert re.search(r"\[\(\d+, (True|False)\)", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="holds a run already: choose another --output"):
         recipe(name).main([*QUICK, "--output", str(folder)])
+
+
+def test_a_pretrained_model_is_made_once_and_retrofitted_arm_by_arm(recipe, tmp_path, capsys):
+    module, base, output = recipe("retrofit_khop"), tmp_path / "base", tmp_path / "run"
+    command = ["--base", str(base), "--output", str(output), "--num-nodes", "5", "--layers", "4", "--hidden-size", "32"]
+    command += ["--pretrain-steps", "2", "2", "--steps", "2", "--batch-size", "4", "--test-rows", "8"]
+    command += ["--sleep-passes", "1", "2", "--eval-passes", "1"]
+    results = module.main([*command, "--arms", "all", "middle", "middle-gate"])
+    models = {*itertools.product(["all", "middle"], [1, 2]), ("middle-gate", 2)}  # with one pass nothing lies between
+    made = {f"{train}-{arm}-N{n}-seed0-2" for train in ("blocks", "whole") for arm, n in models}
+    assert {file.stem for file in output.glob("*.json")} == made
+    by_arm = {(r["train"], r["arm"], r["sleep_passes"]): r for r in results}
+    assert by_arm["blocks", "all", 2]["sleep"]["loop_layers"] == [0, 4]
+    assert by_arm["blocks", "all", 2]["sleep"]["block_layers"] == [1, 3]
+    assert by_arm["whole", "middle", 1]["sleep"]["loop_layers"] == [1, 3]
+    assert by_arm["whole", "middle", 1]["sleep"]["block_layers"] == [1, 2]
+    assert by_arm["blocks", "all", 1]["parameters_trained"] < by_arm["whole", "all", 1]["parameters_trained"]
+    assert by_arm["whole", "middle-gate", 2]["sleep"]["between"] == "gate"
+    for r in results:
+        assert set(r["accuracy"]) == {"1", str(r["sleep_passes"])}
+        assert len(r["loss"]) == len(r["norms"]) == 2
+        assert r["grad_norm"]["max"] == max(r["norms"]) > 0
+        assert r["untrained"].keys() == r["last_window_alone"].keys() == {"1", "2", "3"}
+    assert "| train | arm | N | steps | k = 1 |" in capsys.readouterr().out
+    written = {file: file.stat().st_mtime_ns for file in [*output.glob("*.json"), base / "model.safetensors"]}
+    assert module.main([*command, "--arms", "all"]) == [r for r in results if r["arm"] == "all"]
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    with pytest.raises(SystemExit):
+        module.main([*command, "--arms", "most"])
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.py")))

@@ -220,7 +220,10 @@ class KHopText(Task):
         return self.num_nodes if self.num_names is None else self.num_names
 
     def chance(self, difficulty: int) -> float:
-        """Share of right guesses among all nodes but the one asked for: 1 / (n - 1)."""
+        """Share of right guesses among the row's nodes but the one asked for: 1 / (n - 1).
+
+        Who knows hops 1 and 2 and guesses among the other nodes gets 1 / (n - 3) at 3 hops.
+        """
         return 1 / (self.num_nodes - 1)
 
     def answers(self, row: Row) -> list[tuple[int, list[int]]]:
