@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -117,13 +118,10 @@ def info(
 
     asked = {name: value for name, value in settings.items() if value is not None}
     logging.set_verbosity_error()
-    try:
+    with _errors_in_a_line():
         _check_folder(model)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         found = describe(config, asked, dtype)
-    except (ValueError, OSError) as error:
-        typer.echo("Error: " + " ".join(str(error).split()), err=True)
-        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
@@ -157,7 +155,7 @@ def suggest_loop(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with _errors_in_a_line():
         _check_folder(model)
         read = None if text is None else text.read_text(encoding="utf-8")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
@@ -166,15 +164,22 @@ def suggest_loop(
         found = measure(loaded, AutoTokenizer.from_pretrained(model, revision=revision), read)
         if plot is not None:
             found.plot(plot)
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo("Error: " + " ".join(str(error).split()), err=True)
-        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
     console = Console(highlight=False)
     for part in _view_suggestion(found):
         console.print(part)
+
+
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
+    """Print what a person can act on as one line, and exit with 1."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo("Error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(1) from None
 
 
 def _check_folder(model: str) -> None:

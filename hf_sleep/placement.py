@@ -98,7 +98,7 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def lengths_in_step(longest: int, device: torch.device, depends_on_data: bool) -> int:
+def lengths_in_step(longest: int, device: torch.device, depends_on_data: bool, has_marks: bool = False) -> int:
     """Agree on how many tokens a row of each rank reads, where ranks gather each other's weights.
 
     They must all run the same modules in the same order: as many windows, every one of them to the end. What is read
@@ -108,10 +108,16 @@ def lengths_in_step(longest: int, device: torch.device, depends_on_data: bool) -
         longest: tokens of this rank's longest row.
         device: of the exchange.
         depends_on_data: whether the number of passes does.
+        has_marks: whether the rows say where they sleep.
 
     Raises:
-        ValueError: it does, so ranks would disagree.
+        ValueError: either, so ranks would disagree.
     """
+    if has_marks:
+        raise ValueError(
+            "sleep_after with sharded weights (FSDP): every rank has to sleep as often as the others. Leave it out, or "
+            "train with DDP"
+        )
     if depends_on_data:
         raise ValueError(
             "sleep_passes is a policy that looks at the data, and with sharded weights (FSDP) every rank has to run as "

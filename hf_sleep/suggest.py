@@ -127,17 +127,6 @@ class LoopSuggestion:
         plain = {name: getattr(self, name) for name in ("name", "tokens", "loss", "period")}
         return {**plain, **rows, "config": self.config.to_dict()}
 
-    def table(self) -> str:
-        """Write both tables as Markdown."""
-        lines = ["| layer | kind | angle | norm | first token's norm | sink |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row.index} | {row.kind} | {row.angle:.3f} | {row.norm:,.1f} | {row.first_norm:,.1f} | {row.sink} |"
-            for row in self.layers
-        ]
-        lines += ["", "| loop | loss of a second run | |", "|---|---|---|"]
-        lines += [f"| {row.loop_layers} | {row.loss:+.2f} | {remark(row)} |" for row in self.candidates]
-        return "\n".join(lines)
-
     def plot(self, file: str | Path) -> None:
         """Draw angles, norms and candidates over the layers, into a file that matplotlib can write.
 

@@ -8,6 +8,7 @@ import torch
 from families import make_model, sleep_config, tokens
 from reference import as_implemented, reference_loss, run_block
 from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.memory import FastWeights
@@ -220,3 +221,20 @@ QUIET = {
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def save_tiny_llama(folder, tokenizer) -> str:
+    """Write a tiny llama with random weights and its tokenizer into `folder`, and return where."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -343,6 +343,11 @@ def test_ranks_that_read_in_step_cannot_look_at_the_data():
         lengths_in_step(7, torch.device("cpu"), depends_on_data=True)
 
 
+def test_marks_are_refused_where_ranks_must_sleep_in_step():
+    with pytest.raises(ValueError, match=r"sleep_after with sharded weights .* train with DDP"):
+        lengths_in_step(7, torch.device("cpu"), depends_on_data=False, has_marks=True)
+
+
 def test_a_card_imports_all_that_its_model_needs(modules, tmp_path):
     model = slept("base_family", torch.float, eviction="recent", sleep_passes=modules["pass_policy"].WhileGrowing())
     model.config.base_module = BASES.module_of("phi")

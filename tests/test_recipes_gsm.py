@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import make_base, make_model, sleep_config
+from helpers import save_tiny_llama
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM
 from hf_sleep.data import GSMInfinite, KHop
@@ -50,20 +51,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
     """A folder with a tiny llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("base"), tokenizer)
 
 
 def lines(folder):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import save_tiny_llama
 from test_data_managers import NAMES, byte_level, fast
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
 from hf_sleep.data import GSMInfinite, KHop, Managers
@@ -34,20 +35,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
     """A folder with a tiny llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("base"), tokenizer)
 
 
 def awake(model):

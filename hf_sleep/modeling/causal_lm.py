@@ -32,7 +32,7 @@ from .checkpoint import CheckpointMixin
 from .generation import SleepGenerationMixin
 from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
-from .outputs import Asked, answer, mean_loss
+from .outputs import Asked, answer, mean_loss, reaching
 from .pretrained import draw_blocks
 
 logger = logging.get_logger(__name__)
@@ -341,12 +341,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         self._advice.before_reading(self, memory, layout, policy, looks_at_weights=not in_step)
         read = layout
         if in_step:
-            if sleep_after is not None:
-                raise ValueError(
-                    "sleep_after with sharded weights (FSDP): every rank has to sleep as often as the others. Leave it "
-                    "out, or train with DDP"
-                )
-            read = layout.lengthened(lengths_in_step(max(layout.counts), x.device, policy.depends_on_data))
+            longest = lengths_in_step(max(layout.counts), x.device, policy.depends_on_data, ends is not None)
+            read = layout.lengthened(longest)
             x = F.pad(x, (0, 0, 0, read.width - layout.width))
 
         asked = Asked.of(labels, layout, read, logits_to_keep, in_training=self.training)
@@ -355,7 +351,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         if loss is not None and asked.targets is not None and labels is not None:
             loss = mean_loss(loss, asked.targets, labels, num_items_in_batch)
         if self.training and torch.is_grad_enabled():
-            loss, logits = self._reaching_all(loss), logits if loss is not None else self._reaching_all(logits)
+            loss, logits = reaching(self.between, loss, logits)
 
         if cache is None and use_cache:
             cache = SleepCache()
@@ -366,11 +362,6 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         if skip_head:
             output = BaseModelOutputWithPast(last_hidden_state=logits, **past)
         return output.to_tuple() if return_dict is False else output
-
-    def _reaching_all(self, t: torch.Tensor | None) -> torch.Tensor | None:
-        """`t`, with a gradient for what lies between passes: DDP waits for one, and a step of one pass has none."""
-        parts = [p.sum() for p in self.between.parameters() if p.requires_grad]
-        return t if t is None or not parts else t + 0.0 * sum(part.to(t.device, t.dtype) for part in parts)
 
     def _caches_by_default(self) -> bool:
         # Ranks that hold a part of the weights each read in step, which those with a cache of their own cannot.

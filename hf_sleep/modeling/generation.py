@@ -82,14 +82,13 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        width = (inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]).shape[1]
         if (after := inputs.pop("sleep_after", None)) is not None:
-            given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-            first, width = memory_in(inputs.get(CACHE), self).columns, given.shape[1]
+            first = memory_in(inputs.get(CACHE), self).columns
             # What is generated has no marks.
             if first < after.shape[1]:
                 inputs["sleep_after"] = F.pad(after, (0, width))[:, first : first + width]
         if (mask := inputs.get("attention_mask")) is not None:
             # What it says of the past was checked before generate began.
-            given = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-            inputs["attention_mask"] = mask[:, -given.shape[1] :]
+            inputs["attention_mask"] = mask[:, -width:]
         return inputs

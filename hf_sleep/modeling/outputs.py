@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
@@ -200,6 +201,22 @@ def loss_of_reads(
             part = cross_entropy(*arguments)
         total = part if total is None else total + part
     return total
+
+
+def reaching(
+    module: nn.Module, loss: torch.Tensor | None, logits: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Loss and logits, from which a gradient reaches every parameter of `module`, of zeros where none does otherwise.
+
+    DDP waits for one, and a step of one pass has none for what lies between passes. It comes through the loss; without
+    labels, through the logits.
+    """
+    parts = [p.sum() for p in module.parameters() if p.requires_grad]
+    reached = logits if loss is None else loss
+    if not parts or reached is None:
+        return loss, logits
+    reached = reached + 0.0 * sum(part.to(reached.device, reached.dtype) for part in parts)
+    return (None, reached) if loss is None else (reached, logits)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
