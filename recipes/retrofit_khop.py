@@ -17,10 +17,12 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -34,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 import hf_sleep
 from hf_sleep import SleepConfig, SleepForCausalLM
 from hf_sleep.data import KHopText
+from hf_sleep.engine.slots import Recurrence
 from hf_sleep.files import write_file
 from hf_sleep.training import (
     MuonAdamW,
@@ -43,7 +46,33 @@ from hf_sleep.training import (
     parameter_groups,
 )
 
-ARMS = {"all": "none", "all-gate": "gate", "middle": "none", "middle-gate": "gate"}
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to retrofit.
+
+    Args:
+        loop: which layers loop: "all", or the "middle" half.
+        blocks: over which layers the blocks are spread: "all", or the "middle" half.
+        between: what lies between two passes.
+        carries: whether a pass continues the fast weights of the pass before, as the paper's does. Otherwise each
+            starts from those that the window began with, so that only the last one's writing is left.
+    """
+
+    loop: str
+    blocks: str
+    between: str = "none"
+    carries: bool = True
+
+
+ARMS = {
+    "all": Arm("all", "all"),
+    "all-gate": Arm("all", "all", "gate"),
+    "all-blocks-middle": Arm("all", "middle"),
+    "middle": Arm("middle", "middle"),
+    "middle-gate": Arm("middle", "middle", "gate"),
+    "middle-reset": Arm("middle", "middle", carries=False),
+}
 RATES = {"blocks": (6e-2, 1e-2), "whole": (2e-2, 1e-2)}
 STAGES = (
     ((5, (1,)), (5, (1, 2)), (8, (1, 2)), (8, (1, 2, 3))),
@@ -186,14 +215,15 @@ def learn(
 
 
 def retrofit(options: Arguments, base: LlamaForCausalLM, arm: str, passes: int, seed: int) -> SleepForCausalLM:
-    """The base with two blocks evenly over the layers that loop: all, or the middle half."""
-    depth = base.config.num_hidden_layers
-    first, last = (depth // 4, depth - depth // 4) if arm.startswith("middle") else (0, depth)
+    """The base with two blocks."""
+    how, depth = ARMS[arm], base.config.num_hidden_layers
+    layers = {"all": (0, depth), "middle": (depth // 4, depth - depth // 4)}
+    first, last = layers[how.blocks]
     sleep = SleepConfig(
         window_size=4 * options.num_nodes,
         sleep_passes=passes,
-        loop_layers=(first, last),
-        between=ARMS[arm],
+        loop_layers=layers[how.loop],
+        between=how.between,
         block_kind=options.block_kind,
         block_layers=tuple(int(first + share * (last - first)) for share in (0.25, 0.75)),
         block_num_heads=2,
@@ -205,6 +235,15 @@ def retrofit(options: Arguments, base: LlamaForCausalLM, arm: str, passes: int, 
     for block in model.fast_weights.values():
         block.init_weights(base.config.initializer_range)  # from the seed: a retrofit's follow from its base
     return model
+
+
+@contextmanager
+def carried_as(arm: Arm) -> Iterator[None]:
+    """For as long as it lasts, passes start from the fast weights that the arm says."""
+    ours = {"window_start": Recurrence.window_start, "rewound": Recurrence.rewound}
+    whole = {"window_start": lambda slot, carried: carried, "rewound": lambda slot, carried, start: start}
+    with patch.multiple(Recurrence, **(ours if arm.carries else whole)):
+        yield
 
 
 def rows_of(task: KHopText, seed: int, batch_size: int, steps: int) -> Iterator[dict[str, Any]]:
@@ -311,11 +350,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options.output.mkdir(parents=True, exist_ok=True)
     results = []
     for seed, train, passes, arm in product(options.seeds, options.train, options.sleep_passes, options.arms):
-        if passes == 1 and ARMS[arm] != "none" and arm.removesuffix("-gate") in options.arms:
-            continue  # nothing lies between one pass
+        if passes == 1 and any(
+            ARMS[other].blocks == ARMS[arm].blocks for other in options.arms[: options.arms.index(arm)]
+        ):
+            continue  # with one pass nothing loops
         file = options.output / f"{train}-{arm}-N{passes}-seed{seed}-{options.steps}.json"
         if not file.exists():
-            write_file(file, json.dumps(run(options, train, arm, passes, seed)) + "\n")
+            with carried_as(ARMS[arm]):
+                write_file(file, json.dumps(run(options, train, arm, passes, seed)) + "\n")
         results.append(json.loads(file.read_text(encoding="utf-8")))
         print(file.stem, results[-1]["accuracy"][str(passes)], f"{results[-1]['cpu_seconds']} s", flush=True)
     print(f"\n{table(results)}")

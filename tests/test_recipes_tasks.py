@@ -76,8 +76,9 @@ def test_a_pretrained_model_is_made_once_and_retrofitted_arm_by_arm(recipe, tmp_
     command = ["--base", str(base), "--output", str(output), "--num-nodes", "5", "--layers", "4", "--hidden-size", "32"]
     command += ["--pretrain-steps", "2", "2", "--steps", "2", "--batch-size", "4", "--test-rows", "8"]
     command += ["--sleep-passes", "1", "2", "--eval-passes", "1"]
-    results = module.main([*command, "--arms", "all", "middle", "middle-gate"])
-    models = {*itertools.product(["all", "middle"], [1, 2]), ("middle-gate", 2)}  # with one pass nothing lies between
+    results = module.main([*command, "--arms", "all", "middle", "middle-gate", "all-blocks-middle", "middle-reset"])
+    models = {*itertools.product(["all", "middle"], [1, 2])}
+    models |= {(arm, 2) for arm in ("middle-gate", "all-blocks-middle", "middle-reset")}  # with one pass nothing loops
     made = {f"{train}-{arm}-N{n}-seed0-2" for train in ("blocks", "whole") for arm, n in models}
     assert {file.stem for file in output.glob("*.json")} == made
     by_arm = {(r["train"], r["arm"], r["sleep_passes"]): r for r in results}
@@ -87,6 +88,9 @@ def test_a_pretrained_model_is_made_once_and_retrofitted_arm_by_arm(recipe, tmp_
     assert by_arm["whole", "middle", 1]["sleep"]["block_layers"] == [1, 2]
     assert by_arm["blocks", "all", 1]["parameters_trained"] < by_arm["whole", "all", 1]["parameters_trained"]
     assert by_arm["whole", "middle-gate", 2]["sleep"]["between"] == "gate"
+    assert by_arm["whole", "all-blocks-middle", 2]["sleep"]["loop_layers"] == [0, 4]
+    assert by_arm["whole", "all-blocks-middle", 2]["sleep"]["block_layers"] == [1, 2]
+    assert by_arm["whole", "middle-reset", 2]["grad_norm"] != by_arm["whole", "middle", 2]["grad_norm"]
     for r in results:
         assert set(r["accuracy"]) == {"1", str(r["sleep_passes"])}
         assert len(r["loss"]) == len(r["largest_norm"]) == 1
