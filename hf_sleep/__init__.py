@@ -12,7 +12,10 @@ from .lora import sleep_lora_config
 from .memory import FastWeights
 from .modeling import SleepForCausalLM
 from .registry import register_base, register_between, register_block, register_eviction, register_pass_policy
+from .session import SleepSession
 from .state import SleepState
+from .steps import cache_from
+from .store import SleepStore
 from .suggest import LoopSuggestion, suggest_loop
 from .version import __version__
 
@@ -35,10 +38,13 @@ __all__ = [
     "SleepEvent",
     "SleepForCausalLM",
     "SleepLMConfig",
+    "SleepSession",
     "SleepState",
+    "SleepStore",
     "UntilSettled",
     "WithinSeconds",
     "__version__",
+    "cache_from",
     "default_dtype",
     "register_base",
     "register_between",

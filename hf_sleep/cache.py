@@ -1,6 +1,7 @@
 """Cache of a sleeping model: what transformers asks of a cache, around what a sequence remembers."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,28 @@ class SleepCache(Cache):
         twin = SleepCache()
         twin.memory, twin._owner, twin._read_with = self.memory, self._owner, self._read_with
         return twin
+
+    @classmethod
+    def cat(cls, caches: Sequence["SleepCache"]) -> "SleepCache":
+        """One batch of the rows of several caches, in order: sequences that were read one by one.
+
+        `cache.fork()` and `batch_select_indices([i])` take a row out again. Where the caches have read different
+        numbers of columns, an `attention_mask` over the past has zeros on the left of the shorter ones.
+
+        Raises:
+            ValueError: no cache, an empty one, or caches of several models or settings.
+        """
+        if not caches or any(cache.is_empty for cache in caches):
+            raise ValueError(
+                f"cat takes caches that something was read into: {sum(c.is_empty for c in caches)} of the "
+                f"{len(caches)} given are empty. Call the model with each first"
+            )
+        first = caches[0]
+        if any(cache._owner != first._owner or cache._read_with != first._read_with for cache in caches):
+            raise ValueError("the caches were written by several models, or with other settings: join those of one")
+        joined = first.fork()
+        joined.memory = Memory.cat([cache.memory for cache in caches])
+        return joined
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -165,6 +165,47 @@ class Memory:
             self.columns,
         )
 
+    @staticmethod
+    def cat(memories: Sequence["Memory"]) -> "Memory":
+        """One batch of the rows of several, in order. None may be of sequences that have read nothing.
+
+        Those of fewer columns count as padded on the left, so that all have as many.
+        """
+        counts, columns = [len(m.counters) for m in memories], max(m.columns for m in memories)
+        counters: list[Counters] = []
+        for memory in memories:
+            more = columns - memory.columns
+            pads = mark_of(torch.arange(more))
+            counters += [replace(row, pads=pads if row.pads == 0 else None) if more else row for row in memory.counters]
+
+        def joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            like = next(t for t in parts if t is not None)
+            whole = [like.new_zeros(n, *like.shape[1:]) if t is None else t for n, t in zip(counts, parts, strict=True)]
+            return torch.cat(_same_width(*(t.to(like.device) for t in whole)))
+
+        def pair(parts: Sequence[Any]) -> Any:
+            like = next((part for part in parts if part is not None), None)
+            if like is None:
+                return None
+            return type(like)(*map(joined, zip(*(part or (None,) * len(like) for part in parts), strict=True)))
+
+        def window(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            return None if all(t is None for t in parts) else joined(parts)
+
+        return Memory(
+            tuple(counters),
+            tuple(map(pair, zip(*(m.carried for m in memories), strict=True))),
+            {slot: pair([m.window_start[slot] for m in memories]) for slot in memories[0].window_start},
+            window([m.loop_output for m in memories]),
+            window([m.loop_input for m in memories]),
+            columns,
+        )
+
+    def alone(self) -> "Memory":
+        """A memory of one row, as if no other row had been there: without the columns in which it had no token."""
+        (row,) = self.counters
+        return replace(self, counters=(replace(row, pads=0),), columns=row.seen)
+
     def detach_rows(self, rows: Sequence[int]) -> "Memory":
         """This batch, through whose `rows` no gradient passes."""
         return self.merge(rows, self.select(rows).map(torch.Tensor.detach)) if rows else self
@@ -220,13 +261,7 @@ def _on_device(rows: Sequence[int]) -> Callable[[torch.device], torch.Tensor]:
     return functools.cache(torch.tensor(rows, dtype=torch.long).to)
 
 
-def _same_width(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad the shorter one with zeros after its tokens (dimension -2), where rows hold different numbers of them."""
-    width = max(a.shape[-2], b.shape[-2])
-    if a.shape[-2] == b.shape[-2]:
-        return a, b
-
-    def pad(t: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[-2]))
-
-    return pad(a), pad(b)
+def _same_width(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Pad the shorter ones with zeros after their tokens (dimension -2), where rows hold different numbers of them."""
+    width = max(t.shape[-2] for t in tensors)
+    return [t if t.shape[-2] == width else torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[-2])) for t in tensors]

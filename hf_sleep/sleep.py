@@ -153,7 +153,7 @@ class Sleeper:
             began = self.watchers.clock(part.device)
             part, passes = self.consolidate(part, policy)
             memory = memory.merge(group, self.evict(part))
-            self.watchers.tell_sleep(group, memory.counters, self.watchers.clock(part.device) - began, passes)
+            self.watchers.tell_sleep(group, memory, self.watchers.clock(part.device) - began, passes)
         return memory
 
     def consolidate(self, memory: Memory, policy: PassPolicy) -> tuple[Memory, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import reprlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +25,14 @@ from .memory import KV, Counters, FastWeights, Memory
 from .placement import compute_device, loaded
 from .version import __version__
 
+FIRST_FORMAT = "hf_sleep.state.v1"
 FORMAT = "hf_sleep.state.v2"
-FORMATS = {"hf_sleep.state.v1": {"format", "version", "state"}, FORMAT: {"format", "version", "state", "sha256"}}
+FORMAT_WITH_ABOUT = "hf_sleep.state.v3"
+FORMATS = {
+    FIRST_FORMAT: {"format", "version", "state"},
+    FORMAT: {"format", "version", "state", "sha256"},
+    FORMAT_WITH_ABOUT: {"format", "version", "state", "sha256", "about"},
+}
 NO_DIGEST = "0" * 64
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 HEADER = {"rows": list, "columns": int, "settings": dict, "fingerprint": str, "dtype": str}
@@ -83,6 +90,7 @@ class SleepState:
         settings: the `SleepConfig` fields that must agree.
         fingerprint: of the model that wrote it.
         dtype: of that model.
+        about: what else is to be known of it, JSON: where it comes from, as a `SleepSession` keeps it.
 
     Source: ours; in Lee et al. 2026 (arXiv 2605.26099), Alg. 1, S starts from zero in every sequence.
     """
@@ -93,6 +101,7 @@ class SleepState:
     settings: dict[str, Any]
     fingerprint: str
     dtype: str
+    about: dict[str, Any] | None = None
 
     @classmethod
     def from_cache(cls, model: Any, cache: SleepCache) -> "SleepState":
@@ -149,13 +158,23 @@ class SleepState:
         Raises:
             ValueError: what could not be loaded again: values that are not finite, counters that cannot be.
         """
+        write_file(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of a file, as `save` writes it and `from_bytes` reads it.
+
+        Raises:
+            ValueError: as `save`.
+        """
         self._check()
         header = {key: getattr(self, key) for key in HEADER} | {"rows": [dataclasses.asdict(row) for row in self.rows]}
         metadata = {"format": FORMAT, "version": __version__, "state": json.dumps(header), "sha256": NO_DIGEST}
+        if self.about is not None:
+            metadata |= {"format": FORMAT_WITH_ABOUT, "about": json.dumps(self.about)}
         tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in self.tensors.items()}
         data = save(tensors, metadata)
         at = data.index(f'"{NO_DIGEST}"'.encode()) + 1
-        write_file(path, b"".join((data[:at], _digest(data, at).encode(), data[at + len(NO_DIGEST) :])))
+        return b"".join((data[:at], _digest(data, at).encode(), data[at + len(NO_DIGEST) :]))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SleepState":
@@ -164,11 +183,30 @@ class SleepState:
         Raises:
             ValueError: a file that is not a sleep state, is damaged, or is of a newer hf_sleep.
         """
-        header, tensors = _read(path)
+        with Path(path).open("rb") as file:
+            return cls._of_file(str(path), file)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "the file") -> "SleepState":
+        """Read what `to_bytes` made.
+
+        Args:
+            data: the content of a file.
+            name: what errors call it.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        return cls._of_file(name, io.BytesIO(data))
+
+    @classmethod
+    def _of_file(cls, path: str, file: BinaryIO) -> "SleepState":
+        header, tensors, about = _read(path, file)
         try:
             if header.keys() != HEADER.keys() or any(type(header[key]) is not kind for key, kind in HEADER.items()):
                 raise ValueError(f"its header is {reprlib.repr(header)}, it must have {', '.join(HEADER)}")
-            state = cls(tensors, **header | {"rows": [_row(values, header["columns"]) for values in header["rows"]]})
+            rows = [_row(values, header["columns"]) for values in header["rows"]]
+            state = cls(tensors, **header | {"rows": rows}, about=about)
             state._check()
         except ValueError as error:
             raise ValueError(f"{path} is no sleep state: {error}") from error
@@ -239,20 +277,19 @@ class SleepState:
         )
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A file's header and tensors, as they were written."""
-    with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise ValueError(f"{path} is no sleep state: it is not a safetensors file (a header of {length} bytes)")
-        metadata = _parse(path, file.read(length)).get("__metadata__")
-        metadata = metadata if isinstance(metadata, dict) else {}
-        found = metadata.get("format")
-        if not isinstance(found, str) or not re.fullmatch(r"hf_sleep\.state\.v[1-9][0-9]*", found):
-            raise ValueError(f"{path} is no sleep state: its format is {found!r}, {FORMAT!r} works")
-        file.seek(0)
-        data = file.read()
-    if found != "hf_sleep.state.v1":
+def _read(path: str, file: BinaryIO) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:
+    """A file's header, tensors and what it says about them, as they were written."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"{path} is no sleep state: it is not a safetensors file (a header of {length} bytes)")
+    metadata = _parse(path, file.read(length)).get("__metadata__")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    found = metadata.get("format")
+    if not isinstance(found, str) or not re.fullmatch(r"hf_sleep\.state\.v[1-9][0-9]*", found):
+        raise ValueError(f"{path} is no sleep state: its format is {found!r}, {FORMAT!r} works")
+    file.seek(0)
+    data = file.read()
+    if found != FIRST_FORMAT:
         digest = str(metadata.get("sha256"))
         at = data.find(f'"{digest}"'.encode(errors="replace"), 8, 8 + length) + 1
         if not at or _digest(data, at) != digest:
@@ -270,13 +307,14 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
         tensors = load(data)
     except (SafetensorError, KeyError) as error:  # a KeyError: of a dtype that torch does not have
         raise ValueError(f"{path} is damaged: it is not a whole safetensors file ({error})") from error
-    if found != FORMAT:
+    if found == FIRST_FORMAT:
         message = f"{path} is of hf_sleep's first format and carries no digest, so damage to it may not show"
         warnings.warn(f"{message}: load it and save it again", stacklevel=3)
-    return _parse(path, metadata["state"]), tensors
+    about = _parse(path, metadata["about"]) if found == FORMAT_WITH_ABOUT else None
+    return _parse(path, metadata["state"]), tensors, about
 
 
-def _parse(path: str | os.PathLike, text: str | bytes) -> dict[str, Any]:
+def _parse(path: str, text: str | bytes) -> dict[str, Any]:
     """A JSON object, of whatever depth."""
     try:
         value = json.loads(text.decode() if isinstance(text, bytes) else text)

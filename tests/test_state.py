@@ -354,7 +354,7 @@ def test_the_digest_is_of_the_file_with_zeros_in_its_place(kept, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "hf_sleep.state.v3", "version": "9.9"}, "format 'hf_sleep.state.v3' of hf_sleep 9.9.*: upgrade"),
+        ({"format": "hf_sleep.state.v4", "version": "9.9"}, "format 'hf_sleep.state.v4' of hf_sleep 9.9.*: upgrade"),
         ({"format": "hf_sleep.state.v1"}, "'hf_sleep.state.v1' has .*, this file .*'sha256'"),
         ({"note": "mine"}, "is damaged: .* this file .*'note'"),
         ({"state": None}, "is damaged"),

@@ -1,12 +1,13 @@
 """Watching sleeps: what a caller's hooks are told, and when."""
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from ..memory import Counters
+from ..memory import Memory
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,25 @@ class SleepEvent:
         tokens: that the row has read so far, in this call and before it; pads do not count.
         seconds: that passes 2 to N and the eviction took. Rows that slept together share them.
         sleep_passes: N, the ordinary read included.
+        batch: the memory of all rows when it had slept; it is held for as long as the hook runs.
     """
 
     row: int
     tokens: int
     seconds: float
     sleep_passes: int
+    batch: Callable[[], Memory | None] = field(default=lambda: None, repr=False, compare=False)
+
+    def left(self) -> Memory:
+        """The memory that the sleep left of the row, as if the row had been read alone; asked for in the hook.
+
+        Raises:
+            RuntimeError: later, when the call is on its way and nothing holds that memory any more.
+        """
+        memory = self.batch()
+        if memory is None:
+            raise RuntimeError("what a sleep left is there while its hook runs, and not later: take it in the hook")
+        return memory.select([self.row]).alone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +88,8 @@ class Watchers:
         for hook in self.of_passes:
             hook(event)
 
-    def tell_sleep(self, rows: Sequence[int], counters: Sequence[Counters], seconds: float, passes: int) -> None:
+    def tell_sleep(self, rows: Sequence[int], memory: Memory, seconds: float, passes: int) -> None:
         """Tell that `rows` of a batch have slept."""
         for b in rows if self.of_sleeps else ():
             for hook in self.of_sleeps:
-                hook(SleepEvent(b, counters[b].seen, seconds, passes))
+                hook(SleepEvent(b, memory.counters[b].seen, seconds, passes, weakref.ref(memory)))

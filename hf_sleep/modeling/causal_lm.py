@@ -270,7 +270,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         sleep_passes: int | PassPolicy | None = None,
         backprop_windows: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -292,7 +292,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
                 Targets at pads are ignored.
             use_cache: return a cache; by default when one was passed, and where `config.use_cache` says so, as in stock
                 models: not in training with gradient checkpointing, nor where weights are sharded over ranks.
-            logits_to_keep: how many of the last columns need logits; 0 for all.
+            logits_to_keep: how many of the last columns need logits; 0 for all, an empty tensor for none, as in stock
+                models: to read what nothing is asked of yet.
             sleep_passes: N for the sleeps of this call, or a policy; by default the config's.
             backprop_windows: truncated backpropagation: a row's gradient is cut after every so many of its sleeps in
                 this call. By default it is whole, as in the paper.

@@ -112,8 +112,14 @@ def check_keywords(owner: str, keywords: Mapping[str, Any]) -> None:
 
 def check_settings(logits_to_keep: Any, backprop_windows: Any, skip_head: bool, labels: Any) -> None:
     """Check the settings of a forward that stand for themselves."""
-    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more")
+    asks_none = isinstance(logits_to_keep, torch.Tensor) and not logits_to_keep.numel()
+    if not asks_none and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
+        raise ValueError(
+            f"logits_to_keep={logits_to_keep!r}: it must be an integer, 0 (all columns) or more, or an empty tensor "
+            "(none)"
+        )
+    if asks_none and labels is not None:
+        raise ValueError("logits_to_keep says that nothing is asked, and labels ask for a loss: leave one of them out")
     if backprop_windows is not None and (type(backprop_windows) is not int or backprop_windows < 1):
         raise ValueError(
             f"backprop_windows={backprop_windows!r}: it must be an integer of at least 1, or None for all windows"

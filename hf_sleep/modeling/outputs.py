@@ -42,7 +42,12 @@ class Asked:
 
     @classmethod
     def of(
-        cls, labels: torch.Tensor | None, layout: Layout, read: Layout, logits_to_keep: int, in_training: bool
+        cls,
+        labels: torch.Tensor | None,
+        layout: Layout,
+        read: Layout,
+        logits_to_keep: int | torch.Tensor,
+        in_training: bool,
     ) -> "Asked":
         """Read what labels and settings ask for.
 
@@ -50,10 +55,11 @@ class Asked:
             labels: `[B, T]`, or `None`.
             layout: of the call's columns.
             read: of those that are read: `layout` itself, or where ranks read in step a longer one.
-            logits_to_keep: how many of the last columns the caller wants to see, 0 for all.
+            logits_to_keep: how many of the last columns the caller wants to see, 0 for all, an empty tensor for none.
             in_training: whether nobody wants to see logits that have no target.
         """
-        keep, in_step = min(logits_to_keep or layout.width, layout.width), read is not layout
+        last = 0 if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or layout.width
+        keep, in_step = min(last, layout.width), read is not layout
         if labels is None:
             needed = read.width if in_step else keep
             return cls(read, layout.width, keep, None, None, needed, None if in_step else _wanted_columns(read, needed))
@@ -116,7 +122,7 @@ def answer(
     logits = logits_of_reads(head, reads, asked.layout, asked.columns_needed, size, x)
     loss = None if asked.targets is None else summed_cross_entropy(logits, asked.targets)
     logits = logits[:, : asked.columns] if asked.layout.width > asked.columns else logits
-    return logits[:, -asked.keep :], loss
+    return logits[:, logits.shape[1] - asked.keep :], loss
 
 
 def logits_of_reads(

@@ -1,0 +1,75 @@
+"""Answers in pieces, as they are made; sleeps on the way are events of the stream."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from .engine import SleepEvent
+
+
+class Stopped(StoppingCriteria):
+    """Ends an answer when nobody listens any more."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.new_full((len(input_ids),), self.event.is_set()).bool()
+
+
+class Pieces(TextStreamer):
+    """A streamer that puts text, and sleeps, into a queue."""
+
+    def __init__(self, tokenizer: Any, into: "queue.SimpleQueue[Any]"):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.into = into
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.into.put(text)
+
+    def on_sleep(self, event: SleepEvent) -> None:
+        """Called at each sleep on the way."""
+        self.into.put(event)
+
+
+def streamed(
+    tokenizer: Any, ask: Callable[..., Any], on_sleep: Callable[[SleepEvent], None] | None = None
+) -> Iterator[str]:
+    """Run `ask(streamer=…, stopping_criteria=…)` in a thread, and give its text as it comes.
+
+    Args:
+        tokenizer: decodes.
+        ask: generates.
+        on_sleep: told of sleeps on the way, in the thread of the reader.
+
+    Raises:
+        Exception: what `ask` raises.
+    """
+    pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stopped, failed, end = Stopped(), [], object()
+
+    def run() -> None:
+        try:
+            ask(streamer=Pieces(tokenizer, pieces), stopping_criteria=StoppingCriteriaList([stopped]))
+        except BaseException as error:  # it is raised again where the text is read
+            failed.append(error)
+        finally:
+            pieces.put(end)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not end:
+            if isinstance(piece, str):
+                yield piece
+            elif on_sleep is not None:
+                on_sleep(piece)
+    finally:
+        stopped.event.set()
+        thread.join()
+    if failed:
+        raise failed[0]
