@@ -168,15 +168,17 @@ class Steps:
         self, held: Held, prompts: list[list[int]], generation: dict[str, Any]
     ) -> tuple[list[list[int]], Memory, Sleeps]:
         """Answers to prompts that each follow what is held, the memory after them, and the sleeps of the first."""
-        rows = held.memory.select([0] * len(prompts)) if held.memory.counters else held.memory
+        config = generation.get("generation_config") or self.model.generation_config
+        if (generation.get("num_return_sequences", config.num_return_sequences) or 1) != 1:
+            raise ValueError("num_return_sequences must be 1: a session has one answer to a question")
+        beams = generation.get("num_beams", config.num_beams) or 1
+        rows = held.memory.select([0] * len(prompts) * beams) if held.memory.counters else held.memory
         cache, (ids, mask) = self.cache(rows), self._tensors(rows, prompts)
         settings = {"max_new_tokens": self._max_new_tokens(generation), "eos_token_id": sorted(self.stops) or None}
         settings |= {"pad_token_id": self._pad, "sleep_passes": self.passes} | generation
         with self._watched(held, getattr(settings.get("streamer"), "on_sleep", None)) as slept:
             output = self.model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
         sequences = getattr(output, "sequences", output)
-        if len(sequences) != len(prompts):
-            raise ValueError("num_return_sequences must be 1: a session has one answer to a question")
         return [self._until_stop(row[ids.shape[1] :].tolist()) for row in sequences], cache.memory, slept
 
     @property

@@ -97,7 +97,7 @@ class Turns:
             ValueError: what is no string.
         """
         if not isinstance(text, str):
-            raise ValueError(f"a text is a {type(text).__name__}: it must be a string")
+            raise ValueError(f"a piece is of type {type(text).__name__}: it must be a string")
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def entering(self, speaking: str) -> list[int]:
@@ -137,16 +137,16 @@ class Turns:
         if isinstance(text, str):
             ids = self.encode(text)
             return [ids], len(ids)
+        if isinstance(text, bytes) or not isinstance(text, Iterable):
+            raise ValueError(
+                f"text is of type {type(text).__name__}: it must be a string, a path, an open text file, ids, or an "
+                "iterator of strings"
+            )
         if isinstance(text, Sequence) and all(type(token) is int for token in text):
             ids = [int(token) for token in text]
             if wrong := [token for token in ids if not 0 <= token < vocab_size]:
                 raise ValueError(f"text holds the id {wrong[0]}: ids must be from 0 to {vocab_size - 1}")
             return [ids], len(ids)
-        if not isinstance(text, Iterable) or isinstance(text, bytes):
-            raise ValueError(
-                f"text is a {type(text).__name__}: it must be a string, a path, an open text file, ids, or an iterator "
-                "of strings"
-            )
         return map(self.encode, text), None
 
 

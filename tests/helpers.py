@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from families import make_model, sleep_config, tokens
+from families import VOCAB, make_model, sleep_config, tokens
 from reference import as_implemented, reference_loss, run_block
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.memory import FastWeights
@@ -119,6 +120,33 @@ def with_memory_of(cache: SleepCache, other: SleepCache | None) -> SleepCache:
     start = {slot: layers[slot] for slot in cache.memory.window_start}
     fork.memory = dataclasses.replace(cache.memory, carried=tuple(layers), window_start=start)
     return fork
+
+
+# Words.
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def word_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of the tests' vocabulary: words `w0`, `w1`, …, a few special ones, and a template of chats."""
+    special = ["<end>", "<user>", "<assistant>", "<system>", "<pad>"]
+    names = [*special, *(f"w{i}" for i in range(VOCAB - len(special)))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    kept = {"eos_token": "<end>", "pad_token": "<pad>", "additional_special_tokens": special[1:4]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", **kept)
+    tokenizer.chat_template = TEMPLATE if chat else None
+    return tokenizer
+
+
+def words(length: int, seed: int = 1) -> str:
+    """A text of so many tokens of `word_tokenizer`."""
+    return " ".join(
+        f"w{i}" for i in torch.randint(0, VOCAB - 5, (length,), generator=torch.Generator().manual_seed(seed))
+    )
 
 
 # Comparisons.
