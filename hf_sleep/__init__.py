@@ -2,6 +2,7 @@
 
 from .auto import AutoModelForSleepLM
 from .bases import Decoder, JetNemotronConfig, JetNemotronForCausalLM, OuroConfig, OuroForCausalLM
+from .batching import SessionBatch
 from .cache import SleepCache
 from .config import SleepConfig
 from .dtypes import default_dtype
@@ -33,6 +34,7 @@ __all__ = [
     "OuroForCausalLM",
     "PassEvent",
     "PassPolicy",
+    "SessionBatch",
     "SleepCache",
     "SleepConfig",
     "SleepEvent",

@@ -185,6 +185,27 @@ class SleepSession:
                 answers |= dict(zip(group, map(self.steps.turns.answer, said), strict=True))
             return [answers[i] for i in range(len(prompts))]
 
+    def begin(self, question: str, generation: dict[str, Any]) -> tuple[Held, Held, list[int]]:
+        """For who answers outside `ask`: what is held, what the turn follows, and the question's ids.
+
+        Raises:
+            ValueError: as `ask`.
+        """
+        with self._still():
+            prompt = self.steps.turns.asking(self._held.speaking, question)
+            return self._held, self._before_turn(prompt, generation), prompt
+
+    def keep(self, begun: Held, held: Held) -> None:
+        """Keep a turn that was answered outside, and that began with `begun`.
+
+        Raises:
+            RuntimeError: something else was read or remembered since.
+        """
+        with self._step():
+            if self._held is not begun:
+                raise RuntimeError("the session has changed since the question was asked: its answer cannot be kept")
+            self._held = held
+
     def _before_turn(self, prompt: list[int], generation: dict[str, Any]) -> Held:
         """What a question follows: what is held, after a sleep where one is due, which is made once for many."""
         if not self.steps.must_sleep(self._held, prompt, self.sleep_before_turns, generation):

