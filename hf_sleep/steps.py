@@ -13,6 +13,7 @@ from .cache import SleepCache
 from .compat import CACHE
 from .engine import PassPolicy, SleepEvent
 from .held import Held, Slept, pass_key
+from .lora import without_wrapper
 from .memory import Memory
 from .store import SleepStore
 from .turns import MODEL, Turns
@@ -262,5 +263,5 @@ def cache_from(store: SleepStore, model: Any, input_ids: torch.Tensor, sleep_pas
     """
     if input_ids.dim() != 2 or len(input_ids) != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [1, T], with at least 2 tokens")
-    steps = Steps(model, Turns(None, "", "", "", (), False), sleep_passes, store)
+    steps = Steps(without_wrapper(model), Turns(None, "", "", "", (), False), sleep_passes, store)
     return steps.cache(steps.read_all(Held(), input_ids[0, :-1].tolist()).memory)
