@@ -11,6 +11,7 @@ from .lm_config import SleepLMConfig
 from .lora import sleep_lora_config
 from .memory import FastWeights
 from .modeling import SleepForCausalLM
+from .pipeline import SleepTextGenerationPipeline
 from .registry import register_base, register_between, register_block, register_eviction, register_pass_policy
 from .session import SleepSession
 from .state import SleepState
@@ -41,6 +42,7 @@ __all__ = [
     "SleepSession",
     "SleepState",
     "SleepStore",
+    "SleepTextGenerationPipeline",
     "UntilSettled",
     "WithinSeconds",
     "__version__",
