@@ -17,6 +17,7 @@ from .session import SleepSession
 from .state import SleepState
 from .steps import cache_from
 from .store import SleepStore
+from .streaming import SleepStreamer
 from .suggest import LoopSuggestion, suggest_loop
 from .version import __version__
 
@@ -42,6 +43,7 @@ __all__ = [
     "SleepSession",
     "SleepState",
     "SleepStore",
+    "SleepStreamer",
     "SleepTextGenerationPipeline",
     "UntilSettled",
     "WithinSeconds",

@@ -16,9 +16,11 @@ from transformers.pipelines import PIPELINE_REGISTRY, base
 from hf_sleep import (
     AutoModelForSleepLM,
     SleepConfig,
+    SleepEvent,
     SleepForCausalLM,
     SleepSession,
     SleepStore,
+    SleepStreamer,
     SleepTextGenerationPipeline,
     sleep_lora_config,
 )
@@ -112,6 +114,30 @@ def test_streamers_stream_through_sleeps(tokenizer, capsys):
     thread.start()
     assert "".join(pieces).split() == whole["generated_text"].split()
     thread.join()
+
+
+def test_a_sleep_streamer_marks_sleeps(tokenizer, capsys):
+    pipe = pipeline("text-generation", model=sleeper(), tokenizer=tokenizer, return_full_text=False)
+    (whole,) = pipe(TEXTS[0], streamer=SleepStreamer(tokenizer, "|{tokens} ", skip_prompt=True), **KEYWORDS)
+    prompt, asleep, *rest = capsys.readouterr().out.split("|")
+    assert prompt == ""
+    assert asleep == f"{L} "
+    first, second = (part.partition(" ") for part in rest)
+    assert (first[0], second[0]) == (f"{2 * L}", f"{3 * L}")
+    assert (first[2] + second[2]).split() == whole["generated_text"].split()
+    # Before it reads the token that it made at the full window's end, and after the others.
+    assert len(first[2].split()) == 3 * L - (2 * L + 5) + 1
+    SleepStreamer(tokenizer).on_sleep(SleepEvent(0, 12, 0.5, 3))
+    assert capsys.readouterr().out == " [slept after 12 tokens] "
+
+
+def test_a_sessions_streamer_is_told_of_each_sleep_once(tokenizer, capsys):
+    read = session(tokenizer, sleep_before_turns="never")
+    events = []
+    with read.model.on_sleep(events.append):
+        read.ask(QUESTIONS[1], streamer=SleepStreamer(tokenizer, "|{tokens} ", skip_prompt=True), **KEYWORDS)
+    assert len(events) > 1
+    assert [int(part.split()[0]) for part in capsys.readouterr().out.split("|")[1:]] == [e.tokens for e in events]
 
 
 def test_it_is_known_and_left_as_it_was(tokenizer, monkeypatch):
