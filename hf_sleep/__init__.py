@@ -12,11 +12,13 @@ from .lm_config import SleepLMConfig
 from .lora import sleep_lora_config
 from .memory import FastWeights
 from .modeling import SleepForCausalLM
+from .pipeline import SleepTextGenerationPipeline
 from .registry import register_base, register_between, register_block, register_eviction, register_pass_policy
 from .session import SleepSession
 from .state import SleepState
 from .steps import cache_from
 from .store import SleepStore
+from .streaming import SleepStreamer
 from .suggest import LoopSuggestion, suggest_loop
 from .version import __version__
 
@@ -43,6 +45,8 @@ __all__ = [
     "SleepSession",
     "SleepState",
     "SleepStore",
+    "SleepStreamer",
+    "SleepTextGenerationPipeline",
     "UntilSettled",
     "WithinSeconds",
     "__version__",

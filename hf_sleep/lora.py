@@ -1,4 +1,4 @@
-"""The LoRA configuration that fits a sleeping model. Needs peft, which is imported when it is asked for."""
+"""A sleeping model and PEFT, which is imported when it is asked for: the LoRA configuration that fits, and back."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,3 +34,23 @@ def sleep_lora_config(model: SleepForCausalLM, r: int = 8, **fields: Any) -> "Lo
     in_full = [*blocks, *between, *(fields.pop("modules_to_save", None) or ())]
     defaults: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     return LoraConfig(**defaults | fields, modules_to_save=in_full or None)
+
+
+def without_wrapper(model: Any) -> SleepForCausalLM:
+    """The sleeping model that a `PeftModel` wraps, whose layers carry the adapter; or `model` itself.
+
+    Raises:
+        TypeError: a model that does not sleep, or an adapter that is not in its layers.
+    """
+    sleeping = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    if not isinstance(sleeping, SleepForCausalLM):
+        raise TypeError(
+            f"model is a {type(sleeping).__name__}, which does not sleep: load it with "
+            "AutoModelForSleepLM.from_pretrained, or retrofit it with SleepForCausalLM.from_base"
+        )
+    if sleeping is not model and model.active_peft_config.is_prompt_learning:
+        raise TypeError(
+            f"model has a {type(model.active_peft_config).__name__}, whose prompt is not in the model's layers: use "
+            "LoRA, as sleep_lora_config sets it"
+        )
+    return sleeping

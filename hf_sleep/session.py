@@ -11,6 +11,7 @@ from typing import Any
 from .checks import reject
 from .held import Held, Source, erase, pass_key
 from .idle import IdleSleep
+from .lora import without_wrapper
 from .report import Progress, Reading, Report
 from .state import SleepState
 from .steps import Passes, Steps
@@ -28,7 +29,7 @@ class SleepSession:
     that were read. Several sessions may share a model; two of them must not call it at the same time.
 
     Args:
-        model: a `SleepForCausalLM`; it is set to evaluation.
+        model: a `SleepForCausalLM`, or a `PeftModel` of one; it is set to evaluation.
         tokenizer: of its base.
         chat: whether turns are written with the tokenizer's chat template; by default where there is one.
         system: a system prompt.
@@ -40,6 +41,7 @@ class SleepSession:
 
     Raises:
         ValueError: settings that do not fit the tokenizer.
+        TypeError: a model that does not sleep.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class SleepSession:
     ) -> None:
         if sleep_before_turns not in BEFORE_TURNS:
             raise reject("sleep_before_turns", sleep_before_turns, f"it must be one of {', '.join(BEFORE_TURNS)}")
+        model = without_wrapper(model).eval()
         pass_key(model, sleep_passes)
-        self.steps = Steps(model.eval(), Turns.of(tokenizer, chat, system, **template), sleep_passes, store)
+        self.steps = Steps(model, Turns.of(tokenizer, chat, system, **template), sleep_passes, store)
         self.sleep_before_turns = sleep_before_turns
         self._lock, self._idle = threading.RLock(), None
         self._held, self._before, self._rested = Held(), None, None

@@ -1,8 +1,7 @@
 """Steps of a session, from one `Held` to the next: read, sleep, answer."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 
 from .cache import SleepCache
 from .compat import CACHE
-from .engine import PassPolicy, SleepEvent
+from .engine import PassPolicy, SleepEvent, in_this_thread
 from .held import Held, Slept, pass_key
+from .lora import without_wrapper
 from .memory import Memory
 from .store import SleepStore
 from .turns import MODEL, Turns
@@ -98,7 +98,7 @@ class Steps:
         ends = torch.zeros_like(tokens)
         ends[:, -1] = then_sleep
         nothing = torch.empty(0, dtype=torch.long)
-        with self._watched(held) as slept, torch.no_grad():
+        with self._watched() as slept, torch.no_grad():
             self.model(tokens, cache=cache, logits_to_keep=nothing, sleep_after=ends, sleep_passes=self.passes)
         return self._advanced(held, ids, cache.memory, slept)
 
@@ -108,7 +108,7 @@ class Steps:
         if not held.row.fill:
             return held
         cache = self.cache(held.memory)
-        with self._watched(held) as slept, torch.no_grad():
+        with self._watched() as slept, torch.no_grad():
             self.model.sleep(cache, self.passes if policy is None else policy)
         return self._advanced(held, [], cache.memory, slept)
 
@@ -192,7 +192,7 @@ class Steps:
         cache, (ids, mask) = self.cache(rows), self._tensors(rows, prompts)
         settings = {"max_new_tokens": self._max_new_tokens(generation), "eos_token_id": sorted(self.stops) or None}
         settings |= {"pad_token_id": self._pad, "sleep_passes": self.passes} | generation
-        with self._watched(held, getattr(settings.get("streamer"), "on_sleep", None)) as slept:
+        with self._watched() as slept:
             output = self.model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
         sequences = getattr(output, "sequences", output)
         return [self._until_stop(row[ids.shape[1] :].tolist()) for row in sequences], cache.memory, slept
@@ -236,20 +236,15 @@ class Steps:
         return ids, mask
 
     @contextmanager
-    def _watched(self, held: Held, also: Callable[[SleepEvent], None] | None = None) -> Iterator[Sleeps]:
+    def _watched(self) -> Iterator[Sleeps]:
         """Collect the sleeps of the first row of a call."""
-        slept, thread, began = Sleeps(), threading.get_ident(), time.perf_counter()
+        slept, began = Sleeps(), time.perf_counter()
 
         def note(event: SleepEvent) -> None:
-            # A hook is the model's, and hears of every thread's calls.
-            if threading.get_ident() != thread:
-                return
-            if also is not None:
-                also(event)
             if event.row == 0:
                 slept.add(event)
 
-        with self.model.on_sleep(note):
+        with self.model.on_sleep(in_this_thread(note)):
             yield slept
         slept.seconds = time.perf_counter() - began
 
@@ -279,5 +274,5 @@ def cache_from(store: SleepStore, model: Any, input_ids: torch.Tensor, sleep_pas
     """
     if input_ids.dim() != 2 or len(input_ids) != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [1, T], with at least 2 tokens")
-    steps = Steps(model, Turns(None, "", "", "", (), False), sleep_passes, store)
+    steps = Steps(without_wrapper(model), Turns(None, "", "", "", (), False), sleep_passes, store)
     return steps.cache(steps.read_all(Held(), input_ids[0, :-1].tolist()).memory)

@@ -20,6 +20,24 @@ class Stopped(StoppingCriteria):
         return input_ids.new_full((len(input_ids),), self.event.is_set()).bool()
 
 
+class SleepStreamer(TextStreamer):
+    """Prints text as it is made, and a mark at each sleep on the way, those of the prompt included.
+
+    Args:
+        tokenizer: decodes.
+        mark: what is printed; may name `tokens`, `sleep_passes` and `seconds` of a `SleepEvent` in braces.
+        others: for transformers' `TextStreamer`: `skip_prompt`, and keywords for `decode`.
+    """
+
+    def __init__(self, tokenizer: Any, mark: str = " [slept after {tokens} tokens] ", **others: Any):
+        super().__init__(tokenizer, **others)
+        self.mark = mark
+
+    def on_sleep(self, event: SleepEvent) -> None:
+        """Called by `generate` at each sleep."""
+        self.on_finalized_text(self.mark.format_map(vars(event)))
+
+
 class Pieces(TextStreamer):
     """A streamer that puts text, and sleeps, into a queue."""
 
@@ -32,7 +50,7 @@ class Pieces(TextStreamer):
             self.into.put(text)
 
     def on_sleep(self, event: SleepEvent) -> None:
-        """Called at each sleep on the way."""
+        """Called by `generate` at each sleep."""
         self.into.put(event)
 
 

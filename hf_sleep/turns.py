@@ -98,7 +98,8 @@ class Turns:
         """
         if not isinstance(text, str):
             raise ValueError(f"a piece is of type {type(text).__name__}: it must be a string")
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # Without a warning of texts beyond the base's positions: they are read in windows.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def entering(self, speaking: str) -> list[int]:
         """Ids that are read before the reader speaks, where `speaking` did."""

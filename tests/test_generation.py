@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import threading
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -193,6 +194,62 @@ def test_the_stream_gets_every_token():
     said = model.generate(ids, max_new_tokens=2 * L, streamer=listener, **GREEDY)
     assert listener.ended
     assert listener.heard == said[0].tolist()
+
+
+class Watching(BaseStreamer):
+    """A streamer that is told of sleeps: where they came among the tokens."""
+
+    def __init__(self, meanwhile=None):
+        self.heard, self.meanwhile = [], meanwhile
+
+    def put(self, value):
+        self.heard += value.flatten().tolist()
+
+    def on_sleep(self, event):
+        self.heard.append(event)
+        if self.meanwhile is not None:
+            self.meanwhile()
+
+    def end(self):
+        pass
+
+
+def test_a_streamer_is_told_of_sleeps_where_they_come():
+    model, ids, watching = sleeper("llama", "hard"), tokens(2 * L + 1)[None], Watching()
+    events = []
+    with model.on_sleep(events.append):
+        said = model.generate(ids, max_new_tokens=2 * L, streamer=watching, **GREEDY)
+    assert [event.tokens for event in events] == [L, 2 * L, 3 * L]
+    assert [one for one in watching.heard if not isinstance(one, int)] == events
+    assert [one for one in watching.heard if isinstance(one, int)] == said[0].tolist()
+    # The prompt is put before it is read; a later sleep comes when the token after a full window is there.
+    assert [watching.heard.index(event) for event in events] == [2 * L + 1, 2 * L + 2, 3 * L + 3]
+    assert not model._sleep_hooks
+
+
+def test_a_streamer_is_told_of_its_own_sleeps_alone():
+    """Another thread's call of the same model is another stream's."""
+    model, ids = sleeper("llama", "hard"), tokens(2 * L + 1)[None]
+
+    def another_call():
+        thread = threading.Thread(target=model.generate, args=(tokens(L + 3)[None],), kwargs={"max_new_tokens": 1})
+        thread.start()
+        thread.join()
+
+    watching = Watching(another_call)
+    model.generate(ids, max_new_tokens=2, streamer=watching, **GREEDY)
+    assert [one.tokens for one in watching.heard if not isinstance(one, int)] == [L, 2 * L]
+
+
+def test_what_a_streamer_raises_at_a_sleep_ends_the_call():
+    def fail():
+        raise RuntimeError("enough")
+
+    model, cache = sleeper("llama", "hard"), SleepCache()
+    with pytest.raises(RuntimeError, match="enough"):
+        model.generate(tokens(2 * L)[None], cache=cache, max_new_tokens=2, streamer=Watching(fail), **GREEDY)
+    assert cache.is_empty
+    assert not model._sleep_hooks
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])

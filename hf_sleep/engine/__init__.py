@@ -4,7 +4,7 @@ from .between import Between, Gate, Nothing
 from .eviction import Eviction, EvictionPlan, Hard, Sliding
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
 from .slots import RunningOrder, Slot, run_slots, running_order
-from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers
+from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers, in_this_thread
 from .window import Read, Span, Window
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Watchers",
     "Window",
     "WithinSeconds",
+    "in_this_thread",
     "pass_policy",
     "policy_fields",
     "run_slots",

@@ -1,5 +1,7 @@
 """Watching sleeps: what a caller's hooks are told, and when."""
 
+import functools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -61,6 +63,18 @@ class PassEvent:
 
 PassHook = Callable[[PassEvent], None]
 SleepHook = Callable[[SleepEvent], None]
+
+
+def in_this_thread(hook: SleepHook) -> SleepHook:
+    """The same hook, told of this thread's sleeps alone: a model's hooks hear of every thread's calls."""
+    thread = threading.get_ident()
+
+    @functools.wraps(hook)
+    def told(event: SleepEvent) -> None:
+        if threading.get_ident() == thread:
+            hook(event)
+
+    return told
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`generate` with a sleeping model: its cache, and a conversation that the cache has read a part of."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from ..cache import SleepCache
 from ..compat import CACHE, GenerationMixin
+from ..engine import in_this_thread
 from ..generation import RecurrentGenerationMixin
 from ..packing import refuse_packed
 from .inputs import memory_in
@@ -17,6 +19,7 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     """`generate` with a `SleepCache`; everything else of it is transformers' own."""
 
     _policy: Any
+    on_sleep: Any
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -78,6 +81,12 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
         if (positions := model_kwargs.pop("position_ids", None)) is not None:
             refuse_packed({"position_ids": positions}, mask)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+    def _sample(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+        # The one mode that streams: transformers refuses a streamer with beams.
+        hook = getattr(streamer, "on_sleep", None)
+        with nullcontext() if hook is None else self.on_sleep(in_this_thread(hook)):
+            return super()._sample(*args, streamer=streamer, **kwargs)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
