@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import SETTINGS
+from .serve.command import serve
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ def suggest_loop(
     console = Console(highlight=False)
     for part in _view_suggestion(found):
         console.print(part)
+
+
+app.command()(with_settings(serve))
 
 
 @contextmanager
