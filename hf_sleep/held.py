@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,6 +28,20 @@ class Source:
     title: str
     tokens: int
     sha256: str
+
+    @classmethod
+    def of_file(cls, values: Any) -> "Source":
+        """Take what a file says of a source.
+
+        Raises:
+            TypeError: anything else.
+        """
+        if type(values) is not dict:
+            raise TypeError(f"a source is a {type(values).__name__}")
+        source = cls(**values)
+        if [type(value) for value in asdict(source).values()] != [str, int, str]:
+            raise TypeError(f"a source is {reprlib.repr(values)}")
+        return source
 
 
 @dataclass(frozen=True)
@@ -119,10 +135,13 @@ class Held:
         """
         kinds = {"chain": str, "speaking": str, "awake": float, "asleep": float, "passes": list, "sources": list}
         wrong = [name for name, kind in kinds.items() if type(about.get(name)) is not kind]
-        try:
-            sources = tuple(Source(**source) for source in about.get("sources", ()))
-        except TypeError:
-            wrong.append("sources")
+        sources: tuple[Source, ...] = ()
+        if "sources" not in wrong:
+            try:
+                sources = tuple(Source.of_file(source) for source in about["sources"])
+            except TypeError:
+                wrong.append("sources")
+        wrong += [name for name in ("awake", "asleep") if name not in wrong and not 0 <= about[name] < math.inf]
         if wrong or about["speaking"] not in SPEAKING or not all(type(n) is int and n > 0 for n in about["passes"]):
             raise ValueError(f"it does not say what a session saves: {', '.join(wrong) or 'speaking, passes'}")
         kept = {name: about[name] for name in ("chain", "speaking", "awake", "asleep")}

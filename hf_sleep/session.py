@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from .checks import reject
 from .held import Held, Source, erase, pass_key
@@ -277,7 +277,7 @@ class SleepSession:
             self._held, self._before, self._rested = Held(), None, None
             erase([memory for part in held for memory in part.memories()], self.model)
 
-    def fork(self) -> "SleepSession":
+    def fork(self) -> Self:
         """A second session that holds the same and continues alone. It costs nothing: tensors are shared."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -307,7 +307,7 @@ class SleepSession:
             return replace(SleepState.from_cache(self.model, self.steps.cache(held.memory)), about=about)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: Any, tokenizer: Any, **settings: Any) -> "SleepSession":
+    def load(cls, path: str | os.PathLike, model: Any, tokenizer: Any, **settings: Any) -> Self:
         """Continue a session that was saved, token for token.
 
         Args:
@@ -324,7 +324,7 @@ class SleepSession:
     @classmethod
     def of_state(
         cls, state: SleepState, model: Any, tokenizer: Any, *, name: str = "the state", **settings: Any
-    ) -> "SleepSession":
+    ) -> Self:
         """The session of a state, as `load` does it; errors call it `name`."""
         session = cls(model, tokenizer, **settings)
         if state.about is None or len(state.rows) != 1:

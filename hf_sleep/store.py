@@ -96,9 +96,7 @@ class SleepStore:
 
     def _folder(self, model: Any) -> str:
         """Where states of this model with these settings lie."""
-        settings = {name: value for name, value in model.config.sleep.to_dict().items() if name != "sleep_passes"}
-        facts = [fingerprint(model), str(model.dtype), settings]
-        return f"{self.root}/{hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
+        return f"{self.root}/{model_key(model)}"
 
     def _load(self, path: str, model: Any) -> tuple[Any, tuple[int, ...]] | None:
         try:
@@ -126,7 +124,7 @@ class SleepStore:
         """Path, bytes and time of last use of every state."""
         self.files.invalidate_cache()
         found = self.files.find(self.root, detail=True)
-        states = [(path, info["size"] or 0, _time(info)) for path, info in found.items() if path.endswith(SUFFIX)]
+        states = [(path, info["size"] or 0, modified(info)) for path, info in found.items() if path.endswith(SUFFIX)]
         return sorted(states, key=lambda state: state[2])
 
     def _shrink(self) -> None:
@@ -145,7 +143,14 @@ class SleepStore:
             self.files.rm_file(path)
 
 
-def _time(info: dict[str, Any]) -> float:
+def model_key(model: Any) -> str:
+    """A name for what states of a model depend on: its weights, dtype and settings, but for the number of passes."""
+    settings = {name: value for name, value in model.config.sleep.to_dict().items() if name != "sleep_passes"}
+    facts = [fingerprint(model), str(model.dtype), settings]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def modified(info: dict[str, Any]) -> float:
     """When a file was used or written last, as its file system says it."""
     known = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
     when = next((value for value in known if value is not None), 0.0)
