@@ -264,7 +264,7 @@ class SleepSession:
         with self._step():
             slept = self._held.at_sleep
             if slept is None:
-                raise ValueError("the session has not slept yet: there is no sleep to go back to")
+                raise ValueError("there is no sleep to go back to: the session has not slept since it was made or loaded")
             self._held = replace(slept, at_sleep=slept)
 
     def forget(self) -> None:

@@ -188,7 +188,7 @@ def test_undo_takes_back_the_last_step_and_rollback_what_came_after_the_last_sle
     s = session(settings={"sleep_before_turns": "never"})
     with pytest.raises(ValueError, match="nothing to undo"):
         s.undo()
-    with pytest.raises(ValueError, match="has not slept yet"):
+    with pytest.raises(ValueError, match="has not slept since it was made or loaded"):
         s.rollback()
     s.read(words(2 * L + 3))
     before, report = copies(s), s.report()
