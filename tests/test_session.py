@@ -1,7 +1,9 @@
 """SleepSession: law 10, and what people do with a memory: read, ask, undo, erase, save."""
 
 import gc
+import multiprocessing
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -300,6 +302,34 @@ def test_9_a_saved_session_continues_token_for_token(family, tmp_path):
     data = (tmp_path / "a.sleep").read_bytes()
     assert b"a story" in data
     assert words(3).encode() not in data
+
+
+def _save_for_ever(sessions, path):
+    torch.set_num_threads(1)
+    while True:
+        for s in sessions:
+            s.save(path)
+
+
+def test_killed_while_it_saves_a_session_leaves_the_file_before_or_after(tmp_path):
+    s = session(dtype=torch.float32)
+    s.read(words(L + 3))
+    other = s.fork()
+    other.read(words(2 * L, 2))
+    path = tmp_path / "a.sleep"
+    s.save(path)
+    context, whole = multiprocessing.get_context("fork"), {s.report().tokens: s, other.report().tokens: other}
+    found = set()
+    for i in range(20):
+        process = context.Process(target=_save_for_ever, args=((s, other), path))
+        process.start()
+        time.sleep(0.05 + 0.003 * i)
+        process.kill()
+        process.join()
+        loaded = SleepSession.load(path, s.model, s.tokenizer)
+        found.add(loaded.report().tokens)
+        assert same(copies(loaded), copies(whole[loaded.report().tokens]))
+    assert found <= whole.keys()
 
 
 def test_a_file_of_another_tokenizer_or_of_no_session_is_refused(tmp_path):
