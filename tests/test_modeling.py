@@ -630,3 +630,20 @@ def test_a_retrofit_returns_a_cache_where_its_base_does(use_cache):
     base.config.use_cache = use_cache
     model = SleepForCausalLM.from_base(base, sleep_config("llama"))
     assert (CACHE in base(IDS), model(IDS).cache is not None) == (use_cache, use_cache)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_an_empty_tensor_asks_for_no_logits(eviction):
+    model = make_model("llama", sleep_config("llama", window_size=5, sleep_passes=2, eviction=eviction))
+    ids, nothing = torch.stack((tokens(17), tokens(17, 2))), torch.empty(0, dtype=torch.long)
+    asked, unasked, heads = SleepCache(), SleepCache(), []
+    with torch.no_grad():
+        model(ids, cache=asked)
+        handle = model.lm.lm_head.register_forward_hook(lambda *_: heads.append(1))
+        out = model(ids, cache=unasked, logits_to_keep=nothing)
+        handle.remove()
+        assert out.logits.shape == (2, 0, model.config.text_config.vocab_size)
+        assert not heads
+        assert torch.equal(model(ids[:, :3], cache=unasked).logits, model(ids[:, :3], cache=asked).logits)
+    with pytest.raises(ValueError, match="logits_to_keep says that nothing is asked, and labels ask for a loss"):
+        model(ids, labels=ids, logits_to_keep=nothing)
