@@ -17,6 +17,10 @@ from .show import as_json, console, short, table
 if TYPE_CHECKING:
     import torch
 
+TOKENS = 2048
+WARM_UP = 16
+"""Tokens that are read before the clock runs."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -26,7 +30,7 @@ class Measured:
         read_tokens_per_second: sleeps included.
         seconds_per_sleep: mean; `None` of the base.
         decode_ms_per_token: median, after all was read.
-        bytes_held: by the cache, after all was read and decoded.
+        bytes_held: by the cache, after all was read. Of a model that sleeps it is most where a window is full.
     """
 
     read_tokens_per_second: float
@@ -40,7 +44,9 @@ class Measured:
 def bench(
     model: Model,
     *,
-    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="To read.")] = 2048,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="To read. By default 2,048, or what the base has room for.")
+    ] = None,
     decode: Annotated[int, typer.Option(min=1, metavar="N", help="To decode after them.")] = 32,
     text: Annotated[
         Path | None,
@@ -56,15 +62,16 @@ def bench(
     with errors_in_a_line():
         loaded, tokenizer = load_model(model, how)
         ids = _token_ids(loaded, tokenizer, text, tokens, decode)
-        with_sleep, base = measured(loaded, ids, decode), measured_base(loaded.lm, ids, decode)
-    sleep, facts = loaded.config.sleep, {"model": model, "tokens": tokens, "decoded": decode} | _machine(loaded)
+        read = ids.shape[1]
+        with_sleep, base = measure(loaded, ids, decode)
+    sleep, facts = loaded.config.sleep, {"model": model, "tokens": read, "decoded": decode} | _machine(loaded)
     facts |= {"window_size": sleep.window_size, "sleep_passes": sleep.to_dict()["sleep_passes"]}
     if json:
         as_json(facts | {"sleep": asdict(with_sleep), "base": asdict(base), "ratio": _ratios(with_sleep, base)})
         return
     shown = console()
     shown.print(f"{model}: {facts['dtype']} on {facts['device']}, {facts['threads']} threads")
-    shown.print(f"{tokens:,} tokens read, {decode:,} decoded; L = {sleep.window_size:,}, N = {facts['sleep_passes']}")
+    shown.print(f"{read:,} tokens read, {decode:,} decoded; L = {sleep.window_size:,}, N = {facts['sleep_passes']}")
     shown.print("")
     shown.print(_view(with_sleep, base))
 
@@ -85,7 +92,7 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("read_tokens_per_second", "read, tokens/s", "{:,.0f}".format),
     ("seconds_per_sleep", "a sleep, s", "{:.3f}".format),
     ("decode_ms_per_token", "decode, ms/token", "{:.1f}".format),
-    ("bytes_held", "held", lambda count: short(count, "B")),
+    ("bytes_held", "held after reading", lambda count: short(count, "B")),
 )
 
 
@@ -101,7 +108,7 @@ def _machine(model: Any) -> dict[str, Any]:
     return {"dtype": dtype, "device": str(model.device), "threads": torch.get_num_threads()}
 
 
-def _token_ids(model: Any, tokenizer: Any, file: Path | None, tokens: int, decode: int) -> "torch.Tensor":
+def _token_ids(model: Any, tokenizer: Any, file: Path | None, tokens: int | None, decode: int) -> "torch.Tensor":
     """The first `tokens` ids of a text, `[1, T]`, again from its beginning where it is short.
 
     Raises:
@@ -112,7 +119,9 @@ def _token_ids(model: Any, tokenizer: Any, file: Path | None, tokens: int, decod
     from ..suggest import TEXT
 
     most = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and tokens + decode > most:
+    if tokens is None:
+        tokens = TOKENS if most is None else min(TOKENS, most - decode)
+    elif most is not None and tokens + decode > most:
         raise ValueError(f"--tokens {tokens}: the base has {most:,} positions, so use at most {most - decode}")
     ids = tokenizer(TEXT if file is None else file.read_text(encoding="utf-8")).input_ids
     if not ids:
@@ -120,62 +129,84 @@ def _token_ids(model: Any, tokenizer: Any, file: Path | None, tokens: int, decod
     return torch.tensor([(ids * -(-tokens // len(ids)))[:tokens]], device=model.device)
 
 
-def measured(model: Any, ids: "torch.Tensor", decode: int) -> Measured:
-    """Measure a model that sleeps.
+class _WithSleep:
+    """A model that sleeps, with what it has read."""
+
+    def __init__(self, model: Any):
+        from ..cache import SleepCache
+
+        self.model, self.cache = model, SleepCache()
+
+    def __call__(self, ids: "torch.Tensor") -> "torch.Tensor":
+        return self.model(ids, cache=self.cache, logits_to_keep=1).logits
+
+    def num_bytes(self) -> int:
+        return self.cache.num_bytes()
+
+
+class _Base:
+    """A base, with a cache of its own."""
+
+    def __init__(self, lm: Any):
+        self.lm, self.cache = lm, None
+
+    def __call__(self, ids: "torch.Tensor") -> "torch.Tensor":
+        from ..compat import CACHE
+
+        output = self.lm(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
+        self.cache = output[CACHE]
+        return output.logits
+
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors: keys and values, and states of linear layers."""
+        import torch
+
+        layers: Any = getattr(self.cache, "layers", ())
+        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(model: Any, ids: "torch.Tensor", decode: int) -> tuple[Measured, Measured]:
+    """Measure a model that sleeps, and its base: each reads, then they decode in turns.
 
     Args:
         model: a `SleepForCausalLM`.
         ids: `[1, T]`.
         decode: tokens to decode after them.
     """
-    from ..cache import SleepCache
-
-    seconds: list[float] = []
-    cache = SleepCache()
-    with model.on_sleep(lambda event: seconds.append(event.seconds)):
-        read, step = _times(lambda new: model(new, cache=cache, logits_to_keep=1).logits, ids, decode)
-    mean = sum(seconds) / len(seconds) if seconds else None
-    return Measured(ids.shape[1] / read, mean, 1000 * step, cache.num_bytes())
-
-
-def measured_base(lm: Any, ids: "torch.Tensor", decode: int) -> Measured:
-    """The same of a base with a cache of its own."""
-    from ..compat import CACHE
-
-    held: dict[str, Any] = {CACHE: None}
-
-    def run(new: Any) -> Any:
-        output = lm(new, use_cache=True, logits_to_keep=1, **held)
-        held[CACHE] = output[CACHE]
-        return output.logits
-
-    read, step = _times(run, ids, decode)
-    return Measured(ids.shape[1] / read, None, 1000 * step, _bytes_of(held[CACHE]))
-
-
-def _times(run: Callable[[Any], Any], ids: "torch.Tensor", decode: int) -> tuple[float, float]:
-    """Seconds of reading, and the median of decoding a token."""
     import torch
 
-    def now() -> float:
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize(ids.device)
-        return time.perf_counter()
+    def timed(run: Callable[[Any], Any], new: "torch.Tensor") -> tuple["torch.Tensor", float]:
+        began = _now(ids)
+        logits = run(new)
+        return logits[:, -1:].argmax(-1), _now(ids) - began
 
-    with torch.inference_mode():
-        began = now()
-        logits = run(ids)
-        read, steps = now() - began, []
+    slept: list[float] = []
+    with torch.inference_mode(), model.on_sleep(lambda event: slept.append(event.seconds)):
+        runs: list[Any] = [_WithSleep(model), _Base(model.lm)]
+        for run in runs:  # what is done once a process
+            timed(run, timed(run, ids[:, :WARM_UP])[0])
+        slept.clear()
+        runs = [_WithSleep(model), _Base(model.lm)]
+        read = [timed(run, ids) for run in runs]
+        sleeps, held = list(slept), [run.num_bytes() for run in runs]
+        steps: list[list[float]] = [[], []]
+        last = [token for token, _ in read]
         for _ in range(decode):
-            began = now()
-            logits = run(logits[:, -1:].argmax(-1))
-            steps.append(now() - began)
-    return read, statistics.median(steps)
+            for i, run in enumerate(runs):
+                last[i], seconds = timed(run, last[i])
+                steps[i].append(seconds)
+    each = [sum(sleeps) / len(sleeps) if sleeps else None, None]
+    with_sleep, base = (
+        Measured(ids.shape[1] / read[i][1], each[i], 1000 * statistics.median(steps[i]), held[i]) for i in (0, 1)
+    )
+    return with_sleep, base
 
 
-def _bytes_of(cache: Any) -> int:
-    """Bytes of all tensors of a cache of transformers: keys and values, and states of linear layers."""
+def _now(ids: "torch.Tensor") -> float:
+    """Seconds, when the device of `ids` has done all it was given."""
     import torch
 
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter()

@@ -76,7 +76,9 @@ def load_model(model: str, how: dict[str, Any], state: "SleepState | None" = Non
         dtype = dtype or state.dtype.removeprefix("torch.")
     loading = {} if dtype is None else {"dtype": dtype}
     loaded = AutoModelForSleepLM.from_pretrained(model, sleep=settings, revision=how["revision"], **loading)
-    if is_untrained(loaded.fast_weights.state_dict(prefix="fast_weights.")):
+    advice, blocks = loaded._advice, loaded.fast_weights
+    if is_untrained(blocks.state_dict(prefix="fast_weights.")) or (advice.is_fresh and not blocks):
+        advice.may_be_untrained = False  # once is enough
         say(f"Warning: {model} was never trained to sleep: it forgets what leaves its window.")
     return loaded.to(device_for(how["device"])).eval(), tokenizer
 
