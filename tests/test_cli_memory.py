@@ -3,6 +3,7 @@
 import builtins
 import json
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM, SleepSe
 from hf_sleep.cli import app
 from hf_sleep.cli import chat as chat_module
 from hf_sleep.cli import show as show_module
+from hf_sleep.cli.app import errors_in_a_line
 from hf_sleep.cli.state import described, same_tensors
 from hf_sleep.steps import Steps
 
@@ -309,6 +311,8 @@ def test_an_untrained_base_says_so_once(base: str, checkpoint: str, text: str, t
         (["read", "MODEL", "EMPTY", "--memory", "NEW"], "empty.txt holds no text"),
         (["read", "MODEL", "TEXT", "TEXT", "--title", "a", "--memory", "NEW"], "--title names one file, and 2"),
         (["read", "MODEL", "TEXT", "--memory", "NEW", "--memory-in", "none.sleep"], "there is no file none.sleep"),
+        (["read", "MODEL", "TEXT", "--memory", "NEW", "--memory-in", "MEMORY", "--system", "w1"], "--system is what a"),
+        (["chat", "MODEL", "--memory", "MEMORY", "--system", "w1"], "--system is what a memory begins with"),
         (["ask", "MODEL", "--memory", "none.sleep", "w1"], "there is no file none.sleep"),
         (["ask", "MODEL", "--memory", "TEXT", "w1"], "is no sleep state"),
         (["ask", "MODEL", "--memory", "MEMORY", " "], "a question says nothing"),
@@ -341,6 +345,13 @@ def test_out_of_memory_says_what_to_try(checkpoint: str, monkeypatch) -> None:
 
     monkeypatch.setattr(Steps, "answer", fail)
     failed(run("generate", checkpoint, "w1"), "out of memory (tried to allocate 2 GiB): try --dtype bfloat16")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(capsys) -> None:
+    with errors_in_a_line():
+        warnings.warn("it is\nold", stacklevel=1)
+    assert capsys.readouterr().err == "Warning: it is old\n"
 
 
 # chat

@@ -116,6 +116,8 @@ def load_session(model: str, memory: Path | None, how: dict[str, Any], **setting
     from ..session import SleepSession
 
     state = None if memory is None else load_state(memory)
+    if state is not None and settings.get("system") is not None:
+        raise ValueError(f"--system is what a memory begins with, and {memory} has begun: leave it out")
     session = SleepSession(*load_model(model, how, state), **settings)
     return session if state is None else reopened(session, state, str(memory), **settings)
 
