@@ -12,7 +12,7 @@ import typer
 from .app import app, errors_in_a_line
 from .loading import load_model
 from .options import Json, Model, with_model
-from .show import as_json, console, short, table
+from .show import as_json, console, number, short, table
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +64,14 @@ def bench(
         ids = _token_ids(loaded, tokenizer, text, tokens, decode)
         read = ids.shape[1]
         with_sleep, base = measure(loaded, ids, decode)
-    sleep, facts = loaded.config.sleep, {"model": model, "tokens": read, "decoded": decode} | _machine(loaded)
+    sleep = loaded.config.sleep
+    facts: dict[str, Any] = {"model": model, "tokens": read, "decoded": decode} | _machine(loaded)
     facts |= {"window_size": sleep.window_size, "sleep_passes": sleep.to_dict()["sleep_passes"]}
     if json:
         as_json(facts | {"sleep": asdict(with_sleep), "base": asdict(base), "ratio": _ratios(with_sleep, base)})
         return
     shown = console()
-    shown.print(f"{model}: {facts['dtype']} on {facts['device']}, {facts['threads']} threads")
+    shown.print(f"{model}: {facts['dtype']} on {facts['device']}, {number(facts['threads'], 'thread')}")
     shown.print(f"{read:,} tokens read, {decode:,} decoded; L = {sleep.window_size:,}, N = {facts['sleep_passes']}")
     shown.print("")
     shown.print(_view(with_sleep, base))
