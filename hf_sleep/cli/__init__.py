@@ -1,7 +1,9 @@
 """Command `hf-sleep`. Torch and transformers are imported where they are used: help needs neither."""
 
 from ..serve.command import serve
-from . import chat, generate, info, memory, suggest  # noqa: F401 - each module adds its commands
+
+# Each module adds its commands.
+from . import bench, chat, env, generate, info, memory, retrofit, state, suggest  # noqa: F401
 from .app import app
 from .options import with_settings
 

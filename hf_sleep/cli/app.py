@@ -1,5 +1,6 @@
 """The command itself, and how its errors reach a person."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -37,9 +38,11 @@ def main(
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """Print what a person can act on as one line, and exit with 1; with 130 after Ctrl-C."""
+    """Print what a person can act on as one line, and exit with 1; with 130 after Ctrl-C. Warnings are a line each."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"Warning: {one_line(message)}")
+            yield
     except (ValueError, OSError, ImportError) as error:
         complain(error)
         raise typer.Exit(1) from None

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from .app import INTERRUPTED, app, complain, errors_in_a_line, one_line, say
 from .generate import answered
 from .loading import load_session, load_state, reopened
 from .memory import read_text, read_with_bar
-from .options import Model, generation, session_settings, with_answers
+from .options import Model, System, generation, session_settings, with_answers
 from .show import as_line, number, print_report, short, status
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def chat(
     model: Model,
     *,
     memory: Annotated[Path | None, typer.Option(metavar="FILE", help="A memory to begin with.")] = None,
+    system: System = None,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each line that is read.")] = False,
     **how: Any,
 ) -> None:
@@ -37,7 +39,7 @@ def chat(
     Ctrl-C ends an answer, Ctrl-D the chat. From a pipe, each line is a message; the exit code is 1 where one failed.
     """
     with errors_in_a_line():
-        settings = session_settings(how)
+        settings = session_settings(how["chat"], system)
         talk = Chat(load_session(model, memory, how, **settings), generation(how), settings, json, memory)
         failed = talk.run_at_a_terminal() if sys.stdin.isatty() else talk.run(sys.stdin)
     if failed:
@@ -70,8 +72,8 @@ class Chat:
 
     def run_at_a_terminal(self) -> int:
         """Talk until Ctrl-D. Returns 0."""
-        import readline  # noqa: F401 - gives `input` its editing and its history
-
+        with suppress(ImportError):  # Windows has its own editing
+            import readline  # noqa: F401 - gives `input` its editing and its history
         self.is_typed = True
         say(f"{self._status()} /help lists the commands, Ctrl-D ends the chat.")
         while True:
@@ -146,10 +148,10 @@ class Chat:
 
     def read(self, name: str) -> str:
         """Read a text file."""
-        text = read_text(self._named(name, "/read notes.txt"))
+        ids = self.session.steps.turns.encode(read_text(self._named(name, "/read notes.txt")))
         before = self.session.report().tokens
         try:
-            read_with_bar(self.session, text, Path(name).name)
+            read_with_bar(self.session, ids, Path(name).name)
         except KeyboardInterrupt:
             done = self.session.report().tokens - before
             return f"Interrupted after {number(done, 'token')}, which are kept; /undo drops them. {self._status()}"

@@ -10,7 +10,7 @@ import typer
 
 from .app import INTERRUPTED, app, errors_in_a_line, say
 from .loading import load_session
-from .options import Json, Model, generation, session_settings, with_answers
+from .options import Json, Model, System, generation, session_settings, with_answers
 from .show import Typed, as_json, console, status
 
 
@@ -20,6 +20,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads it from stdin.")],
     *,
+    system: System = None,
     json: Json = False,
     **how: Any,
 ) -> None:
@@ -28,7 +29,7 @@ def generate(
     The answer goes to stdout as it is made, and what it took to stderr. Ctrl-C ends it.
     """
     with errors_in_a_line():
-        session = load_session(model, None, how, **session_settings(how))
+        session = load_session(model, None, how, **session_settings(how["chat"], system))
         text = sys.stdin.read() if prompt == "-" else prompt
         answer, is_whole = answered(session.stream(text, remember=True, **generation(how)), shows=not json)
         report = session.report()

@@ -76,7 +76,9 @@ def load_model(model: str, how: dict[str, Any], state: "SleepState | None" = Non
         dtype = dtype or state.dtype.removeprefix("torch.")
     loading = {} if dtype is None else {"dtype": dtype}
     loaded = AutoModelForSleepLM.from_pretrained(model, sleep=settings, revision=how["revision"], **loading)
-    if is_untrained(loaded.fast_weights.state_dict(prefix="fast_weights.")):
+    advice, blocks = loaded._advice, loaded.fast_weights
+    if is_untrained(blocks.state_dict(prefix="fast_weights.")) or (advice.is_fresh and not blocks):
+        advice.may_be_untrained = False  # once is enough
         say(f"Warning: {model} was never trained to sleep: it forgets what leaves its window.")
     return loaded.to(device_for(how["device"])).eval(), tokenizer
 
@@ -114,6 +116,8 @@ def load_session(model: str, memory: Path | None, how: dict[str, Any], **setting
     from ..session import SleepSession
 
     state = None if memory is None else load_state(memory)
+    if state is not None and settings.get("system") is not None:
+        raise ValueError(f"--system is what a memory begins with, and {memory} has begun: leave it out")
     session = SleepSession(*load_model(model, how, state), **settings)
     return session if state is None else reopened(session, state, str(memory), **settings)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from .app import INTERRUPTED, app, errors_in_a_line, say
 from .generate import answered
 from .loading import load_session
-from .options import Json, Memory, Model, generation, session_settings, with_answers, with_model
-from .show import as_json, console, number, short, status
+from .options import Json, Memory, Model, System, Template, generation, session_settings, with_answers, with_model
+from .show import as_json, console, number, printable, short, status
 
 if TYPE_CHECKING:
     from ..held import Source
@@ -34,8 +34,8 @@ def read(
         Path | None, typer.Option(metavar="FILE", help="A memory to begin with; may be the same file.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Instead of the file's name, of one file.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt, of a new memory.")] = None,
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="With the chat template, if any.")] = True,
+    system: System = None,
+    chat: Template = True,
     then_sleep: Annotated[bool, typer.Option("--then-sleep", help="Sleep after the last file.")] = False,
     json: Json = False,
     **how: Any,
@@ -50,12 +50,9 @@ def read(
         if title is not None and len(files) > 1:
             raise ValueError(f"--title names one file, and {len(files)} are given: leave it out, or read them in turn")
         texts = [(title or _title(file), read_text(file)) for file in files]
-        settings = {"system": system, "chat": None if chat else False}
-        session = load_session(model, memory_in, how, **settings)
-        is_whole = _read_all(session, texts)
+        session = load_session(model, memory_in, how, **session_settings(chat, system))
+        is_whole = _read_all(session, texts, then_sleep)
         with _uninterrupted():
-            if is_whole and then_sleep:
-                session.sleep()
             if is_whole or session.report().sources:
                 session.save(memory)
     _tell(session, memory, is_whole, json)
@@ -107,8 +104,8 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _read_all(session: "SleepSession", texts: Sequence[tuple[str, str]]) -> bool:
-    """Read texts that have a title each, with a bar; whether nobody interrupted it."""
+def _read_all(session: "SleepSession", texts: Sequence[tuple[str, str]], then_sleep: bool) -> bool:
+    """Read texts that have a title each, with a bar, and sleep at their end; whether nobody interrupted it."""
     encoded = [(title, session.steps.turns.encode(text)) for title, text in texts]
     try:
         for title, ids in encoded:
@@ -118,6 +115,8 @@ def _read_all(session: "SleepSession", texts: Sequence[tuple[str, str]]) -> bool
                 say(f"{title}: {done:,} of {number(len(ids), 'token')} were read before{rest}.")
             if done < len(ids):
                 read_with_bar(session, ids[done:], title)
+        if then_sleep:
+            session.sleep()
     except KeyboardInterrupt:
         return False
     return True
@@ -137,19 +136,24 @@ def _digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
 
 
-def read_with_bar(session: "SleepSession", text: str | list[int], title: str) -> int:
-    """Read a text into a session; on a terminal, with a bar. Returns tokens read."""
+def read_with_bar(session: "SleepSession", ids: list[int], title: str) -> None:
+    """Read a text's ids into a session; on a terminal, with a bar."""
     shown = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
+    is_narrow = shown.width < 60
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")]
+    if not is_narrow:
+        columns.append(TimeRemainingColumn())
     with Progress(*columns, console=shown, disable=not shown.is_terminal, transient=True) as bar:
-        task = bar.add_task(title[:20], total=None, state="")
+        task = bar.add_task(printable(title[:20]), total=len(ids), state="")
 
         def tell(progress: Any) -> None:
             speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-            state = f"{number(progress.sleeps, 'sleep')} {short(progress.num_bytes, 'B')} {speed:,.0f} tokens/s"
-            bar.update(task, completed=progress.tokens, total=progress.total, state=state)
+            state = f"{number(progress.sleeps, 'sleep')} · {short(progress.num_bytes, 'B')}"
+            bar.update(
+                task, completed=progress.tokens, state=state + ("" if is_narrow else f" · {speed:,.0f} tokens/s")
+            )
 
-        return session.read(text, title=title, progress=False, on_progress=tell)
+        session.read(ids, title=title, progress=False, on_progress=tell)
 
 
 @contextmanager
@@ -180,7 +184,7 @@ def ask(
         asked = [line for line in sys.stdin.read().splitlines() if line.strip()] if questions == ["-"] else questions
         if not all(question.strip() for question in asked) or not asked:
             raise ValueError("a question says nothing: ask something")
-        session = load_session(model, memory, how, **session_settings(how))
+        session = load_session(model, memory, how, **session_settings(how["chat"]))
         if len(asked) == 1:
             said, is_whole = answered(session.stream(asked[0], **generation(how)), shows=not json)
             answers = [said]

@@ -14,6 +14,8 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt, of a new memory.")]
+Template = Annotated[bool, typer.Option("--chat/--no-chat", help="With the chat template, if any.")]
 Memory = Annotated[Path, typer.Option(metavar="FILE", help="A memory that `hf-sleep read` or a session saved.")]
 
 
@@ -99,8 +101,7 @@ ANSWERING = [
         ],
     ),
     _option("seed", Annotated[int | None, typer.Option(help="Of what is drawn.")]),
-    _option("system", Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.")]),
-    _option("chat", Annotated[bool, typer.Option("--chat/--no-chat", help="With the chat template, if any.")], True),
+    _option("chat", Template, True),
 ]
 OFTEN = ("window_size", "sleep_passes", "eviction", "num_sink_tokens")
 """Settings that a command shows which runs a model; the others work too, and `hf-sleep retrofit --help` lists them."""
@@ -117,9 +118,9 @@ def with_answers(command: Callable[..., None]) -> Callable[..., None]:
     return with_model(_with_options(command, ANSWERING))
 
 
-def session_settings(how: dict[str, Any]) -> dict[str, Any]:
-    """Keywords for a `SleepSession`, of what `with_answers` gave."""
-    return {"system": how["system"], "chat": None if how["chat"] else False}
+def session_settings(chat: bool, system: str | None = None) -> dict[str, Any]:
+    """Keywords for a `SleepSession`, of what `--chat` and `--system` gave."""
+    return {"system": system, "chat": None if chat else False}
 
 
 def generation(how: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -49,6 +48,11 @@ class Typed:
                 self.column += cell_len(part)
             sys.stdout.write(part)
         sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """A text that somebody else may have written, as one line that does nothing to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -96,7 +100,7 @@ def print_report(report: "Report", window_size: int) -> None:
     """Print what a session has read, and what it took."""
     rows = facts()
     each = sorted(set(report.sleep_passes))
-    passes = f", of {' or '.join(map(str, each))} passes" if each else ""
+    passes = f", N = {' or '.join(map(str, each))}" if each else ""
     rows.add_row("tokens", f"{report.tokens:,}, of them {report.window_tokens:,} in the window of {window_size:,}")
     rows.add_row("sleeps", f"{report.sleeps:,}{passes}")
     rows.add_row("seconds", f"{report.seconds_awake:.1f} awake, {report.seconds_asleep:.1f} asleep")
@@ -112,7 +116,7 @@ def print_sources(sources: list[dict[str, Any]]) -> None:
     if sources:
         rows = table("read", ">tokens", "sha256")
         for source in sources:
-            rows.add_row(Text(source["title"]), f"{source['tokens']:,}", source["sha256"][:12])
+            rows.add_row(printable(source["title"]), f"{source['tokens']:,}", source["sha256"][:12])
         shown = console()
         shown.print("")
         shown.print(rows)
