@@ -225,7 +225,9 @@ class Good:
 
 def started(model: str, port: int, store: str) -> subprocess.Popen:
     arguments = [model, "--port", str(port), "--name", NAME, "--store", store, "--max-body", "1MB"]
-    process = subprocess.Popen([sys.executable, "-m", "hf_sleep", "serve", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_sleep", "serve", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while True:
         assert process.poll() is None
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
