@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
@@ -37,6 +38,17 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
     if os.name == "posix":
         _sync_folder(path.parent)
+
+
+def modified(info: dict[str, Any]) -> float:
+    """When a file was used or written last, as its file system says it, in seconds since the epoch.
+
+    Args:
+        info: what fsspec knows of it.
+    """
+    known = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
+    when = next((value for value in known if value is not None), 0.0)
+    return when.timestamp() if hasattr(when, "timestamp") else float(when)
 
 
 def _sync_folder(folder: Path) -> None:

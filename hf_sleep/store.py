@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from transformers.utils import logging
 
 from .cache import SleepCache
+from .files import modified
 from .held import Held, chained, chained_sleep
 from .state import SleepState, fingerprint
 
@@ -148,10 +149,3 @@ def model_key(model: Any) -> str:
     settings = {name: value for name, value in model.config.sleep.to_dict().items() if name != "sleep_passes"}
     facts = [fingerprint(model), str(model.dtype), settings]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def modified(info: dict[str, Any]) -> float:
-    """When a file was used or written last, as its file system says it."""
-    known = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
-    when = next((value for value in known if value is not None), 0.0)
-    return when.timestamp() if hasattr(when, "timestamp") else float(when)

@@ -39,6 +39,8 @@ def tiny(dtype=torch.float32, **fields):
     settings = {"window_size": WINDOW, "sleep_passes": 2, "eviction": "hard"} | fields
     model = make_model("llama", sleep_config("llama", **settings), dtype)
     model.generation_config.eos_token_id = None
+    # What it says are letters, which are read again as they were said.
+    model.generation_config.suppress_tokens = [0, 1, *range(VOCAB - len(SPECIAL), VOCAB)]
     return model
 
 

@@ -44,7 +44,9 @@ def create_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
         finally:
             await asyncio.to_thread(worker.close)
 
-    app = FastAPI(title="hf_sleep", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="hf_sleep", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.worker, app.state.uploads = worker, asyncio.Semaphore(UPLOADS_AT_ONCE)
     app.add_middleware(Guard, settings=settings, metrics=worker.metrics)
     _add_errors(app)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..steps import MAX_NEW_TOKENS
 from .errors import ApiError, refused
@@ -30,6 +30,18 @@ USUAL = {
 INT64 = 2**63
 LONGEST_TITLE = 200
 MOST_STOPS = 4
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it must be Unicode text, without halves of surrogate pairs") from None
+    return text
+
+
+String = Annotated[str, AfterValidator(_encodable)]
+"""Text that a tokenizer takes."""
 
 
 class Body(BaseModel):
@@ -87,12 +99,12 @@ class StreamOptions(Body):
 class OpenAiBody(Sampling):
     """What chat and completions have in common."""
 
-    model: str
-    stop: str | list[str] | None = None
+    model: String
+    stop: String | list[String] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    memory_id: str | None = None
+    user: String | None = None
+    memory_id: String | None = None
     remember: bool | None = None
 
     @model_validator(mode="before")
@@ -132,14 +144,14 @@ class Part(Body):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: String
 
 
 class Message(Body):
     """Words of one side."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: String | list[Part]
     refusal: None = None
 
     @property
@@ -157,7 +169,7 @@ class ChatBody(OpenAiBody):
 class CompletionBody(OpenAiBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int]
+    prompt: String | list[String] | list[int]
 
     def text(self, vocab_size: int) -> str | list[int]:
         """The prompt: a string, or ids.
@@ -178,23 +190,23 @@ class CompletionBody(OpenAiBody):
 class CreateBody(Body):
     """POST /v1/memories."""
 
-    id: str | None = None
-    system: str | None = Field(None, min_length=1)
+    id: String | None = None
+    system: String | None = Field(None, min_length=1)
 
 
 class ReadBody(Body):
     """POST /v1/memories/ID/read."""
 
-    text: str = Field(min_length=1)
-    title: str | None = Field(None, min_length=1, max_length=LONGEST_TITLE)
+    text: String = Field(min_length=1)
+    title: String | None = Field(None, min_length=1, max_length=LONGEST_TITLE)
     then_sleep: bool = False
 
 
 class AskBody(Sampling):
     """POST /v1/memories/ID/ask."""
 
-    question: str | None = None
-    questions: list[str] | None = Field(None, min_length=1)
+    question: String | None = None
+    questions: list[String] | None = Field(None, min_length=1)
 
     def all(self, most: int) -> list[str]:
         """The questions.

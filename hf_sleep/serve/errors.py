@@ -1,5 +1,6 @@
 """Errors of a server, in OpenAI's shape."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,6 @@ CODES = {
     "json_invalid": "invalid_json",
 }
 """OpenAI's codes, by pydantic's."""
-TYPE_NAMES = ("str", "list[str]", "list[int]", "list[Part]")
-"""As pydantic calls them."""
 
 
 class ApiError(HTTPException):
@@ -73,11 +72,12 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
     """The first error that was found in a body; nothing of the body is said again."""
     first = errors[0]
     code = CODES.get(first["type"], "invalid_value")
-    # Where several types would do, pydantic names each after the field.
-    param = ".".join(str(name) for name in first["loc"][1:] if str(name) not in TYPE_NAMES) or None
+    # Where several types would do, pydantic names each after the field, as code.
+    param = ".".join(str(name) for name in first["loc"][1:] if re.fullmatch(r"\w+", str(name))) or None
     if code == "invalid_json":
         return ApiError(400, "the body is not JSON", code=code)
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
     if code == "unsupported_parameter":
         param = first["loc"][-1] if len(str(first["loc"][-1])) <= 64 else "…"
         message = "this server does not know it. Leave it out"

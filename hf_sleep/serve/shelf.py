@@ -12,8 +12,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..files import write_file
-from ..store import modified
+from ..files import modified, write_file
 
 SUFFIX, PART = ".memory", ".part"
 KEPT_SECONDS = 3600.0

@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 SWEEP_SECONDS = 30.0
 """Between two looks for memories that were not used for too long, where nothing is asked less often."""
+ENDING = ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Worker:
             ApiError: the queue is full, or the server ends.
         """
         if self._closed:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise ENDING
         job = Job(work)
         try:
             self._jobs.put_nowait(job)
@@ -109,7 +110,9 @@ class Worker:
         self._closed = True
         with suppress(queue.Empty):
             while True:
-                self._end(self._jobs.get_nowait())
+                waiting = self._jobs.get_nowait()
+                if waiting is not None:
+                    waiting.tell(ENDING)
         current = self._current
         if current is not None:
             current.gone.set()
@@ -133,27 +136,28 @@ class Worker:
 
     def _do(self, job: Job) -> None:
         self._current, began = job, time.monotonic()
+        told = self._outcome(job)
+        self._current = None
+        self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+        self._tidy()
+        job.tell(told)
+
+    def _outcome(self, job: Job) -> Done | ApiError:
+        """How a job ended. Whatever happens in it, the next one begins."""
         try:
-            if self._closed:
-                return self._end(job)
             job.check()
             with self.memories.model.on_sleep(job.check):
-                value = job.work(job)
-            job.tell(Done(value))
+                return Done(job.work(job))
         except Gone:
             self.metrics.dropped()
-            self._end(job)
+            return ENDING
         except ApiError as error:
-            job.tell(error)
+            return error
         except ValueError as error:  # of the library: what was asked cannot be
-            job.tell(ApiError(400, " ".join(str(error).split()), code="invalid_value"))
+            return ApiError(400, " ".join(str(error).split()), code="invalid_value")
         except Exception:
             logger.exception("A request failed")
-            job.tell(ApiError(500, "the server failed at this request; its log says how", code="internal_error"))
-        finally:
-            self._current = None
-            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
-            self._tidy()
+            return ApiError(500, "the server failed at this request; its log says how", code="internal_error")
 
     def _tidy(self) -> None:
         try:
@@ -168,8 +172,3 @@ class Worker:
         except Exception:
             logger.exception("Old memories could not be forgotten")
         self._tidy()
-
-    @staticmethod
-    def _end(job: Job | None) -> None:
-        if job is not None:
-            job.tell(ApiError(503, "the server is shutting down", code="shutting_down"))
