@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import byte_tokenizer, save_tiny_llama
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -18,10 +19,6 @@ from hf_sleep.hub import KNOWN_LICENCES
 WORDS = {word: number for number, word in enumerate("abcdefgh")}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OF_SESSIONS = ("ask_many", "chat", "long_document", "prefix_reuse", "share_memory", "transcript")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture
@@ -98,19 +95,7 @@ def test_the_demo_runs_to_its_end_on_any_base(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a tiny random base, in float64, and a tokenizer of bytes with a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=CHATML)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "pad_token": "<|im_end|>"})
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=40, num_hidden_layers=3)
-    config.num_attention_heads = config.num_key_value_heads = 4
-    config.eos_token_id = tokenizer.eos_token_id
-    LlamaForCausalLM(config).double().save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"), byte_tokenizer(), torch.double)
 
 
 @pytest.fixture
