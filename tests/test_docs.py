@@ -7,7 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from families import _COMMON, _EXPERTS, _SCALES
+from helpers import byte_tokenizer, save_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sleep.bases.probe import probe
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_RESULTS = [*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "examples" / "khop" / "README.md"]
 FOLDERS = [ROOT / name for name in (".", "hf_sleep", "tests", "recipes", "recipes/accelerate")]
+DEMO = ".demo/SmolLM2-135M-Instruct"
 MADE_ELSEWHERE = {".demo/", "modeling_hf_sleep.py"}
 """Names on the pages of what `make demo` and a saved checkpoint leave."""
 each_page = pytest.mark.parametrize("page", WITH_RESULTS, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -42,6 +45,20 @@ def test_blocks_compile_and_import_what_there_is(page):
                 function = ast.unparse(node.func)
                 if function == "open" or function.endswith(("read_text", "write_text")):
                     assert "encoding" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
+@pytest.mark.parametrize("page", ["quickstart.md", "memory.md"])
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    """With a tiny model where `make demo` leaves one."""
+    save_tiny_llama(tmp_path / DEMO, byte_tokenizer(), torch.double, layers=4)
+    (tmp_path / "README.md").write_text("It was late. " * 150, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks(ROOT / "docs" / page):
+        exec(compile(block, page, "exec"), names)
+    assert names["name"] == DEMO
+    assert {"memory.sleep", "numbers.sleep"} & {file.name for file in (tmp_path / ".demo").iterdir()}
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])

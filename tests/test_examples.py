@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import byte_tokenizer, save_tiny_llama
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,6 +18,7 @@ from hf_sleep.hub import KNOWN_LICENCES
 
 WORDS = {word: number for number, word in enumerate("abcdefgh")}
 EXAMPLES = Path(__file__).parents[1] / "examples"
+OF_SESSIONS = ("ask_many", "chat", "long_document", "prefix_reuse", "share_memory", "transcript")
 
 
 @pytest.fixture
@@ -88,3 +90,83 @@ def test_the_demo_runs_to_its_end_on_any_base(tmp_path, monkeypatch, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "resumed from 200 tokens with the same 32 tokens" in printed.replace("│", "")
     assert re.search(r"sleeps\W+6\b", printed)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny random base, in float64, and a tokenizer of bytes with a chat template."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"), byte_tokenizer(), torch.double)
+
+
+@pytest.fixture
+def run(tiny, monkeypatch, capsys):
+    """Run an example as its command line does, with a tiny model, and return what it prints."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def printed(name, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{name}.py", "--model", tiny, *arguments])
+        import_module(name).main()
+        return capsys.readouterr().out
+
+    return printed
+
+
+@pytest.mark.parametrize("name", OF_SESSIONS)
+def test_examples_are_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_a_long_document_and_many_questions(run, tmp_path):
+    printed = run("long_document", "--window-size", "200")
+    assert printed.count("\n> ") == 3
+    assert int(re.search(r"(\d+) sleeps", printed)[1]) >= 20
+    assert "The memory is as it was" in printed
+    (tmp_path / "text.txt").write_text("It is late. " * 50, encoding="utf-8")
+    printed = run("long_document", "--file", str(tmp_path / "text.txt"), "--question", "When?", "--window-size", "100")
+    assert "> When?" in printed
+    assert printed.count("\n> ") == 1
+    assert "6 sleeps" in printed
+
+
+def test_many_questions_are_answered_faster_than_by_reading_again(run):
+    printed = run("ask_many", "--tokens", "1000", "--questions", "4", "--window-size", "100")
+    assert printed.count(" plus ") == 4
+    assert "1,000 tokens read once for 4 questions" in printed
+    assert "the same answers: True" in printed
+    assert float(re.search(r"([\d.]+) times as fast", printed)[1]) > 1
+
+
+def test_a_transcript_is_slept_on_in_its_pauses(run):
+    printed = run("transcript", "--window-size", "400", "--pause", "0.4", "--idle", "0.02")
+    sleeps = [int(number) for number in re.findall(r", (\d) sleeps\]", printed)]
+    assert sleeps == sorted(sleeps)
+    assert sleeps[-1] >= 3
+    printed = run("transcript", "--window-size", "2000", "--pause", "0", "--idle", "60")
+    assert set(re.findall(r", (\d) sleeps\]", printed)) == {"0"}
+
+
+def test_a_memory_is_shared_between_processes(run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    printed = run("share_memory", "--window-size", "400")
+    here, there = re.search(r"here: +(.*)\nin another process: (.*)\n", printed).groups()
+    assert here == there
+    assert len(here) > 10
+
+
+def test_a_prefix_is_read_once(run):
+    printed = run("prefix_reuse", "--tokens", "2000", "--window-size", "100")
+    assert "the same token: True" in printed
+    assert float(re.search(r"([\d.]+) times as fast", printed)[1]) > 1
+
+
+def test_a_chat_is_talked_to(run, monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("It is late. " * 20, encoding="utf-8")
+    lines = [f"/read {tmp_path / 'text.txt'}", "Hello", "/sleep", "/report", "/undo", "/forget", "/undo", "/what", ""]
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0))
+    printed = run("chat", "--window-size", "100", "--max-new-tokens", "8")
+    assert "240 tokens" in printed
+    assert "window_tokens=0" in printed
+    assert "SleepSession(tokens=0, sleeps=0, bytes=0)" in printed
+    assert "there is nothing to undo" in printed
+    assert printed.endswith("/read FILE, /sleep, /undo, /forget, /report\n")
+    assert not lines
