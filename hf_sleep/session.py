@@ -259,12 +259,14 @@ class SleepSession:
         """Go back to the last sleep: what was read or said since is forgotten.
 
         Raises:
-            ValueError: it has not slept.
+            ValueError: it has not slept since it was made or loaded.
         """
         with self._step():
             slept = self._held.at_sleep
             if slept is None:
-                raise ValueError("there is no sleep to go back to: the session has not slept since it was made or loaded")
+                raise ValueError(
+                    "there is no sleep to go back to: the session has not slept since it was made or loaded"
+                )
             self._held = replace(slept, at_sleep=slept)
 
     def forget(self) -> None:

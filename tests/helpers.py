@@ -9,7 +9,6 @@ from families import VOCAB, make_model, sleep_config, tokens
 from reference import as_implemented, reference_loss, run_block
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sleep import SleepCache, SleepForCausalLM
@@ -261,7 +260,7 @@ CHATML = (
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for every byte, and a chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "pad_token": "<|im_end|>"})
