@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Paired test of two runs of finetune_gsm.py or finetune_managers.py: same problems, answer by answer.
 
 python recipes/compare_runs.py runs/gsm_n1 runs/gsm_n2

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Accuracy of a checkpoint by difficulty, N and L. Any base or sleep checkpoint, any task of hf_sleep.data.
 
 python recipes/evaluate.py runs/finetune_gsm/model gsm_infinite --task-settings '{"ops": [1, 8]}'

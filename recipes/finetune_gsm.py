@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """GSM-Infinite: teach a pretrained model to sleep on a text of quantities, and then to work out the one asked for.
 
 accelerate launch recipes/finetune_gsm.py                 # SmolLM2 as `make demo` left it; minutes on two CPU cores

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Managers: teach a pretrained model to sleep on who manages whom, and then to name managers of managers.
 
 accelerate launch recipes/finetune_managers.py            # SmolLM2 as `make demo` left it; minutes on two CPU cores

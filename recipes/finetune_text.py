@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Train a model's fast-weight blocks through sleep on a text, with the plain Trainer.
 
 python recipes/finetune_text.py                                   # SmolLM2 as `make demo` left it, Python's docs

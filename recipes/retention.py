@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Retention: how much of a cycle is left after many further windows, each slept on? For models of train_khop.py.
 
 python recipes/train_khop.py --cycles 2 --output runs/khop2          # the cycle of one is retained while others come

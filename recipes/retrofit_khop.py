@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """k-hop, retrofitted: which layers should loop, and what between passes, in a model that was pre-trained without loops?
 
 python recipes/retrofit_khop.py                                     # seed 0 of everything: under an hour on one thread

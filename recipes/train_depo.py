@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Depo: the edges of a directed cycle of names are slept on, then asked for the name k steps after another.
 
 python recipes/train_depo.py                             # cycles of up to 12 names, k up to 4: minutes on two CPU cores

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """k-hop: does more sleep reach further? Trains a small hybrid from scratch per seed and N, and compares them.
 
 python recipes/train_khop.py                                        # n = 8, N = 1, 2, 3: minutes on two CPU cores

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-sleep[train]"]
+#
+# [tool.uv.sources]
+# hf-sleep = { path = "..", editable = true }
+# ///
 """Rule 110: four strings are slept on, then asked for the first bit of each after t steps of the automaton.
 
 python recipes/train_rule110.py                          # strings of 13 bits, t = 2: minutes on two CPU cores

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,20 @@ def test_a_pretrained_model_is_made_once_and_retrofitted_arm_by_arm(recipe, tmp_
     assert {file: file.stat().st_mtime_ns for file in written} == written
     with pytest.raises(SystemExit):
         module.main([*command, "--arms", "most"])
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.py")))
+def test_every_recipe_says_what_it_needs_to_who_runs_it(name):
+    """`uv run` reads it, in comments before the docstring."""
+    text = (RECIPES / f"{name}.py").read_text(encoding="utf-8")
+    (block,) = re.findall(r"\A# /// script\n((?:#.*\n)+?)# ///\n", text)
+    needs = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
+    project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert needs["requires-python"] == project["requires-python"]
+    (ours,) = needs["dependencies"]
+    assert ours.startswith(project["name"] + "[")
+    assert set(re.search(r"\[(.*)\]", ours)[1].split(",")) <= set(project["optional-dependencies"])
+    assert (RECIPES / needs["tool"]["uv"]["sources"][project["name"]]["path"]).resolve() == RECIPES.parent
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.py")))
