@@ -246,6 +246,19 @@ def test_read_s_options(checkpoint: str, text: str, tmp_path: Path) -> None:
     assert (piped["tokens"], piped["sources"][0]["title"]) == (30, "stdin")
 
 
+def test_read_takes_windows_from_a_store(checkpoint: str, text: str, memory: str, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    method = Steps.read
+    monkeypatch.setattr(Steps, "read", lambda *args, **more: calls.append(args) or method(*args, **more))
+    counts = []
+    for name in ("a", "b"):
+        done(run("read", checkpoint, text, "--memory", str(tmp_path / name), "--store", str(tmp_path / "store")))
+        counts.append(len(calls))
+        calls.clear()
+        assert same_tensors(SleepState.load(tmp_path / name), SleepState.load(memory))
+    assert counts[1] < counts[0] - 2
+
+
 def test_ctrl_c_saves_what_was_read_and_the_same_command_continues(
     checkpoint: str, text: str, memory: str, tmp_path: Path, monkeypatch
 ) -> None:
