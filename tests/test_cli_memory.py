@@ -127,7 +127,7 @@ def test_retrofit_writes_what_the_library_would(base: str, tmp_path: Path, more:
     folder = tmp_path / "made"
     said = done(run("retrofit", base, "--output", str(folder), "--window-size", "16", "--num-blocks", "1", *more))
     assert said.count("\n") == 1
-    assert "1 jet block added after layers " in said
+    assert "1 jet block added after layer " in said
     assert f"Saved in {folder}" in said
     made = AutoModelForSleepLM.from_pretrained(folder)
     expected = SleepForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(base), made.config.sleep)
@@ -246,6 +246,19 @@ def test_read_s_options(checkpoint: str, text: str, tmp_path: Path) -> None:
     assert (piped["tokens"], piped["sources"][0]["title"]) == (30, "stdin")
 
 
+def test_read_takes_windows_from_a_store(checkpoint: str, text: str, memory: str, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    method = Steps.read
+    monkeypatch.setattr(Steps, "read", lambda *args, **more: calls.append(args) or method(*args, **more))
+    counts = []
+    for name in ("a", "b"):
+        done(run("read", checkpoint, text, "--memory", str(tmp_path / name), "--store", str(tmp_path / "store")))
+        counts.append(len(calls))
+        calls.clear()
+        assert same_tensors(SleepState.load(tmp_path / name), SleepState.load(memory))
+    assert counts[1] < counts[0] - 2
+
+
 def test_ctrl_c_saves_what_was_read_and_the_same_command_continues(
     checkpoint: str, text: str, memory: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -266,6 +279,9 @@ def test_ctrl_c_saves_what_was_read_and_the_same_command_continues(
     assert same_tensors(SleepState.load(part), SleepState.load(memory))
     result = run(*command, "--memory-in", part)
     assert "text.txt: 30 of 30 tokens were read before." in result.stderr
+    assert done(run("state", "diff", part, memory)).startswith(
+        "All tensors are identical; what is known of them is not"
+    )
     assert same_tensors(SleepState.load(part), SleepState.load(memory))
 
 
@@ -495,19 +511,19 @@ def test_verify_and_show_take_a_state_that_no_session_saved(checkpoint: str, loa
     assert "21, 21, of them 5, 5 in the window of 8" in shown
 
 
-def test_show_takes_nothing_on_trust(memory: str, loaded) -> None:
+@pytest.mark.parametrize("saved", ["\x1b[2J", float("inf"), float("nan"), -1.0, 1e300], ids=str)
+def test_show_takes_nothing_on_trust(memory: str, saved: object) -> None:
     state = SleepState.load(memory)
-    state.about |= {
-        "passes": "many",
-        "saved": "\x1b[2J",
-        "sources": [{"title": "\x1b[31mred\n", "tokens": 1, "sha256": ""}],
-    }
-    state.about["sources"] += [{"title": 3}, "text"]
+    state.fingerprint, bad = "\x1b[31mabc", "\x1b[31mred\n"
+    sources = [{"title": bad, "tokens": 1, "sha256": bad}, {"title": 3}, "text"]
+    state.about |= {"passes": "many", "saved": saved, "sources": sources}
     state.save(memory)
     shown = done(run("state", "show", memory))
     assert "\x1b" not in shown
-    assert "?[31mred?" in shown
-    assert len(described(state)["sources"]) == 1
+    assert shown.count("?[31mred?") == 2
+    assert "saved" not in shown
+    assert described(state)["sources"] == sources[:1]
+    assert "\x1b" not in run("state", "verify", memory, "--model", "\x1b[31m/none/none").stderr
 
 
 def test_diff(checkpoint: str, memory: str, text: str, tmp_path: Path) -> None:
@@ -518,6 +534,7 @@ def test_diff(checkpoint: str, memory: str, text: str, tmp_path: Path) -> None:
     assert asked("state", "diff", memory, memory)["identical"]
     found = asked("state", "diff", memory, more)
     assert not found["identical"]
+    assert not found["same_tensors"]
     assert set(found["differ"]) >= {"rows", "sources"}
     a, b = SleepState.load(memory), SleepState.load(more)
     (slot,) = (int(name.split(".")[1]) for name, t in a.tensors.items() if name.startswith("layers") and t.dim() == 3)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
+from .show import printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -68,4 +69,4 @@ def say(line: str) -> None:
 
 def one_line(error: object) -> str:
     """What an error says, in one line."""
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

@@ -9,6 +9,7 @@ from .app import one_line, say
 if TYPE_CHECKING:
     from ..session import SleepSession
     from ..state import SleepState
+    from ..store import SleepStore
 
 
 def check_folder(model: str) -> None:
@@ -138,3 +139,10 @@ def load_state(path: Path) -> "SleepState":
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     return SleepState.load(path)
+
+
+def open_store(url: str) -> "SleepStore":
+    """A store of windows, made where there is none."""
+    from ..store import SleepStore
+
+    return SleepStore(url)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 
 from .app import INTERRUPTED, app, errors_in_a_line, say
 from .generate import answered
-from .loading import load_session
+from .loading import load_session, open_store
 from .options import Json, Memory, Model, System, Template, generation, session_settings, with_answers, with_model
 from .show import as_json, console, number, printable, short, status
 
@@ -36,6 +36,10 @@ def read(
     title: Annotated[str | None, typer.Option(help="Instead of the file's name, of one file.")] = None,
     system: System = None,
     chat: Template = True,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A folder, or a URL of fsspec's: windows that lie there are not read again."),
+    ] = None,
     then_sleep: Annotated[bool, typer.Option("--then-sleep", help="Sleep after the last file.")] = False,
     json: Json = False,
     **how: Any,
@@ -50,7 +54,8 @@ def read(
         if title is not None and len(files) > 1:
             raise ValueError(f"--title names one file, and {len(files)} are given: leave it out, or read them in turn")
         texts = [(title or _title(file), read_text(file)) for file in files]
-        session = load_session(model, memory_in, how, **session_settings(chat, system))
+        settings = session_settings(chat, system) | ({} if store is None else {"store": open_store(store)})
+        session = load_session(model, memory_in, how, **settings)
         is_whole = _read_all(session, texts, then_sleep)
         with _uninterrupted():
             if is_whole or session.report().sources:

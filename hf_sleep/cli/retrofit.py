@@ -67,7 +67,7 @@ def _added(found: "SleepInfo") -> str:
     sleep = found.sleep
     if not sleep.block_layers:
         return "nothing was added: its linear-attention layers are its fast weights."
-    places = ", ".join(map(str, sleep.block_layers))
+    places = f"layer{'s' * (len(sleep.block_layers) > 1)} {', '.join(map(str, sleep.block_layers))}"
     blocks = number(len(sleep.block_layers), f"{sleep.block_kind} block")
     share = f"{short(found.added_parameters, ' parameters', 'kMBT')}, {found.added_percent:.2g} %"
-    return f"{blocks} added after layers {places} ({share}), untrained: so far they add nothing."
+    return f"{blocks} added after {places} ({share}), untrained: so far they add nothing."

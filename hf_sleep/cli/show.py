@@ -116,7 +116,7 @@ def print_sources(sources: list[dict[str, Any]]) -> None:
     if sources:
         rows = table("read", ">tokens", "sha256")
         for source in sources:
-            rows.add_row(printable(source["title"]), f"{source['tokens']:,}", source["sha256"][:12])
+            rows.add_row(printable(source["title"]), f"{source['tokens']:,}", printable(source["sha256"][:12]))
         shown = console()
         shown.print("")
         shown.print(rows)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..state import SleepState
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A memory that a session, or `SleepState`, saved.")]
+YEAR_3000 = 32_503_680_000
+"""In seconds since 1970. No clock of a file that is later is believed."""
 state = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, check and compare memories.")
 app.add_typer(state, name="state")
 
@@ -50,7 +52,7 @@ def _lines(held: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "sleeps", sleeps + (f", N = {' or '.join(map(str, passes))}" if passes else "")
     kv, fast = short(held["kv_bytes"], "B"), short(held["fast_weight_bytes"], "B")
     yield "memory", f"{short(held['bytes'], 'B')}: {kv} of KV, {fast} of fast weights"
-    yield "model", f"fingerprint {held['fingerprint'][:12]}, {held['dtype'].removeprefix('torch.')}"
+    yield "model", printable(f"fingerprint {held['fingerprint'][:12]}, {held['dtype'].removeprefix('torch.')}")
     yield "settings", ", ".join(f"{name}={value}" for name, value in settings.items() if name != "window_size")
     if held["saved"] is not None:
         yield "saved", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["saved"]))
@@ -104,13 +106,16 @@ def diff(
         first, second = load_state(a), load_state(b)
     one, other = described(first), described(second)
     differ = {name: [one[name], other[name]] for name in one if name != "saved" and one[name] != other[name]}
-    same = not differ and same_tensors(first, second)
+    tensors_agree = same_tensors(first, second)
+    same = tensors_agree and not differ
     distances = fast_weight_distances(first, second)
     if json:
-        as_json({"identical": same, "differ": differ, "fast_weights": distances})
+        as_json({"identical": same, "same_tensors": tensors_agree, "differ": differ, "fast_weights": distances})
     elif same:
         typer.echo("The memories are identical.")
     else:
+        if tensors_agree:
+            typer.echo("All tensors are identical; what is known of them is not.\n")
         for part in _differences(dict(_lines(one)), dict(_lines(other)), one, other, distances):
             console().print(part)
 
@@ -140,7 +145,7 @@ def _texts(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Table:
     rows = table("read", ">tokens", "sha256", "in")
     for source in [*a, *(source for source in b if source not in a)]:
         where = "both" if source in a and source in b else "A" if source in a else "B"
-        rows.add_row(printable(source["title"]), f"{source['tokens']:,}", source["sha256"][:12], where)
+        rows.add_row(printable(source["title"]), f"{source['tokens']:,}", printable(source["sha256"][:12]), where)
     return rows
 
 
@@ -163,7 +168,7 @@ def described(state: "SleepState") -> dict[str, Any]:
         "kv_bytes": kv,
         "fast_weight_bytes": sum(carried.values()) - kv,
         "sleep_passes": [n for n in passes if type(n) is int] if isinstance(passes, list) else [],
-        "saved": saved if isinstance(saved, float) else None,
+        "saved": saved if isinstance(saved, float) and 0 <= saved < YEAR_3000 else None,
         "sources": _sources(about.get("sources")),
     }
 
