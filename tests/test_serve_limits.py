@@ -424,7 +424,9 @@ def test_a_client_that_takes_nothing_is_not_waited_for():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_nobody_waits_for_is_dropped_and_not_remembered(stream):
-    with by_http(max_tokens=1000) as (http, app):
+    model, calls = tiny(window_size=1500), []  # it does not sleep on the way
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with by_http(model, max_tokens=1000) as (http, app):
         http.post("/v1/memories", json={"id": "ada"})
         content = json.dumps(body("Hello", memory_id="ada", stream=stream, max_tokens=1000)).encode()
         with raw(http, request_of("/v1/chat/completions", content)) as leaving:
@@ -432,6 +434,7 @@ def test_what_nobody_waits_for_is_dropped_and_not_remembered(stream):
                 assert b"200 OK" in leaving.recv(100)
             wait_until(lambda: app.state.worker._current is not None)
         wait_until(lambda: metric(http, "dropped_total") == 1)
+        assert len(calls) < 900
         assert metric(http, "tokens_generated_total") == 0
         assert http.get("/v1/memories/ada").json()["tokens"] == 0
         assert say(http, "Hello", memory_id="ada") == say(http, "Hello")
