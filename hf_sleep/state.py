@@ -309,7 +309,7 @@ def _read(path: str, file: BinaryIO) -> tuple[dict[str, Any], dict[str, torch.Te
         raise ValueError(f"{path} is damaged: it is not a whole safetensors file ({error})") from error
     if found == FIRST_FORMAT:
         message = f"{path} is of hf_sleep's first format and carries no digest, so damage to it may not show"
-        warnings.warn(f"{message}: load it and save it again", stacklevel=3)
+        warnings.warn(f"{message}: load it and save it again", stacklevel=4)
     about = _parse(path, metadata["about"]) if found == FORMAT_WITH_ABOUT else None
     return _parse(path, metadata["state"]), tensors, about
 

@@ -31,6 +31,7 @@ from hf_sleep.serve.memories import Memories
 from hf_sleep.serve.metrics import Metrics
 from hf_sleep.serve.settings import ServeSettings
 from hf_sleep.serve.shelf import Changed, Shelf
+from hf_sleep.serve.worker import Worker
 
 SAME = {"do_sample": False, "max_new_tokens": 6}
 
@@ -424,7 +425,9 @@ def test_a_client_that_takes_nothing_is_not_waited_for():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_nobody_waits_for_is_dropped_and_not_remembered(stream):
-    with by_http(max_tokens=1000) as (http, app):
+    model, calls = tiny(window_size=1500), []  # it does not sleep on the way
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with by_http(model, max_tokens=1000) as (http, app):
         http.post("/v1/memories", json={"id": "ada"})
         content = json.dumps(body("Hello", memory_id="ada", stream=stream, max_tokens=1000)).encode()
         with raw(http, request_of("/v1/chat/completions", content)) as leaving:
@@ -432,9 +435,49 @@ def test_what_nobody_waits_for_is_dropped_and_not_remembered(stream):
                 assert b"200 OK" in leaving.recv(100)
             wait_until(lambda: app.state.worker._current is not None)
         wait_until(lambda: metric(http, "dropped_total") == 1)
+        assert len(calls) < 900
         assert metric(http, "tokens_generated_total") == 0
         assert http.get("/v1/memories/ada").json()["tokens"] == 0
         assert say(http, "Hello", memory_id="ada") == say(http, "Hello")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_that_ends_finishes_what_is_on_its_way(stream, tmp_path):
+    said = []
+    with served(store=str(tmp_path)) as (url, app):
+        httpx.post(f"{url}/v1/memories", json={"id": "ada"})
+        sent = body("My name is Ada", memory_id="ada", stream=stream, max_tokens=64)
+        path = f"{url}/v1/chat/completions"
+        asking = threading.Thread(target=lambda: said.append(httpx.post(path, json=sent, timeout=60).text))
+        asking.start()
+        wait_until(lambda: app.state.worker._current is not None)
+    asking.join(20)
+    assert said[0].endswith("data: [DONE]\n\n") if stream else json.loads(said[0])["choices"]
+    with by_http(store=str(tmp_path)) as (http, _):
+        assert http.get("/v1/memories/ada").json()["tokens"] == len("My name is Ada") + 3 + 64
+
+
+def test_a_worker_that_is_closed_drops_what_waits_and_what_is_on_its_way():
+    worker = Worker(Memories(tiny(), letters(), ServeSettings("tiny")), 4)
+    worker.start()
+
+    async def told():
+        begun = threading.Event()
+
+        def endless(job):
+            begun.set()
+            while True:
+                job.check()
+
+        jobs = [worker.submit(endless) for _ in range(2)]
+        await asyncio.to_thread(begun.wait, 20)
+        await asyncio.to_thread(worker.close)
+        with pytest.raises(ApiError, match="shutting down"):
+            worker.submit(endless)
+        return [await job.events.get() for job in jobs]
+
+    assert [error.code for error in asyncio.run(asyncio.wait_for(told(), 30))] == ["shutting_down"] * 2
+    assert not worker.is_alive
 
 
 def test_a_long_text_that_nobody_waits_for_is_dropped_at_the_next_sleep():

@@ -136,7 +136,7 @@ class Worker:
 
     def _do(self, job: Job) -> None:
         self._current, began = job, time.monotonic()
-        told = self._outcome(job)
+        told = ENDING if self._closed else self._outcome(job)
         self._current = None
         self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
         self._tidy()
