@@ -429,7 +429,7 @@ def test_what_the_chat_shows(checkpoint: str, text: str) -> None:
         ("/load none.sleep", "there is no file none.sleep"),
         ("/save TEXT", "exists: take another name"),
         ("/undo", "there is nothing to undo"),
-        ("/rollback", "the session has not slept yet"),
+        ("/rollback", "there is no sleep to go back to"),
         ("/what", "there is no /what: /help lists the commands"),
     ],
 )
@@ -582,7 +582,7 @@ def test_the_help_of_every_command_needs_no_torch() -> None:
     from test_cli import run_in_a_new_process
 
     commands = ["retrofit", "generate", "read", "ask", "chat", "state", "state show", "state verify", "state diff"]
-    commands += ["env", "bench"]
+    commands += ["env", "bench", "serve"]
     code = """
 import sys
 from hf_sleep_command import main
