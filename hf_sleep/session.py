@@ -17,7 +17,7 @@ from .state import SleepState
 from .steps import Passes, Steps
 from .store import SleepStore
 from .streaming import streamed
-from .turns import READER, Text, Turns, name_of, tokenizer_id
+from .turns import READER, Text, Turns, name_of
 
 BEFORE_TURNS = ("when_needed", "always", "never")
 
@@ -305,7 +305,7 @@ class SleepSession:
             held = self.steps.public(self._held)
             if not held.memory.counters:
                 raise ValueError("the session has read nothing: there is nothing to save")
-            about = held.about() | {"tokenizer": tokenizer_id(self.tokenizer), "saved": time.time()}
+            about = held.about() | {"tokenizer": self.steps.turns.tokenizer_id, "saved": time.time()}
             return replace(SleepState.from_cache(self.model, self.steps.cache(held.memory)), about=about)
 
     @classmethod
@@ -334,7 +334,7 @@ class SleepSession:
                 f"{name} is a state of {len(state.rows)} sequences that no session saved: SleepState.to_cache(model) "
                 "makes a cache of it"
             )
-        if state.about.get("tokenizer") != tokenizer_id(tokenizer):
+        if state.about.get("tokenizer") != session.steps.turns.tokenizer_id:
             raise ValueError(f"{name} was read with another tokenizer: load it with the one that it was saved with")
         memory = state.to_cache(model).memory
         try:

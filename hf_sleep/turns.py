@@ -4,6 +4,7 @@ A session never renders a conversation twice: what was slept on is gone. It read
 the generation prompt, generates, and reads what comes between an answer and the next message.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -89,6 +90,11 @@ class Turns:
         ends = tokenizer(reopening, add_special_tokens=False).input_ids[:1]
         stops = [token for token in ends if token in tokenizer.all_special_ids]
         return cls(tokenizer, opening, closing, reopening, tuple(sorted({*end, *stops})), adds_special=False)
+
+    @functools.cached_property
+    def tokenizer_id(self) -> str:
+        """Of its tokenizer, which a vocabulary of 50,000 takes a tenth of a second to tell."""
+        return tokenizer_id(self.tokenizer)
 
     def encode(self, text: Any) -> list[int]:
         """Ids of a text, as it stands.
