@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from hf_sleep import SleepSession, SleepState
 from hf_sleep.cli import app as command
+from hf_sleep.config import SETTINGS
 from hf_sleep.serve.errors import ApiError
 from hf_sleep.serve.guard import Guard
 from hf_sleep.serve.memories import Memories
@@ -595,12 +596,12 @@ def run(monkeypatch):
     """Run the command without a model; gives its settings, how it listens, and what it printed."""
     seen = {}
 
-    def loaded(*arguments, **keywords):
-        seen["sleep"] = keywords["sleep"]
-        return "model"
+    def loaded(model, how):
+        seen["sleep"] = {name: how[name] for name in SETTINGS if how[name] is not None}
+        seen["device"] = how["device"]
+        return "model", "tokenizer"
 
-    monkeypatch.setattr("hf_sleep.auto.AutoModelForSleepLM.from_pretrained", loaded)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: "tokenizer")
+    monkeypatch.setattr("hf_sleep.cli.serve.load_model", loaded)
     monkeypatch.setattr("hf_sleep.serve.app.create_app", lambda *given: seen.update(settings=given[2]))
     monkeypatch.setattr("uvicorn.run", lambda app, **listening: seen.update(listening=listening))
 
@@ -620,12 +621,13 @@ def test_the_command_s_options_are_settings(run):
     assert "Warning" not in result.output
     options = "--max-ram 1.5GB --max-memories 2 --ttl 60 --max-body 3kB --max-upload 4MB --max-tokens 5 --max-queue 6"
     more = "--prefixes 7MB --name n --store s --token a --token b --host 0.0.0.0 --port 81 --max-connections 9"
-    result, seen = run(*options.split(), *more.split(), "--window-size", "64")
+    result, seen = run(*options.split(), *more.split(), "--window-size", "64", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert seen["settings"] == ServeSettings(
         "n", "s", ("a", "b"), (), 1_500_000_000, 2, 60.0, 3000, 4_000_000, 5, max_queue=6, prefix_bytes=7_000_000
     )
     assert seen["sleep"] == {"window_size": 64}
+    assert seen["device"] == "cpu"
     assert seen["listening"] | {"host": "0.0.0.0", "port": 81, "limit_concurrency": 9} == seen["listening"]
     assert "Warning" not in result.output
 

@@ -1,4 +1,4 @@
-"""Command `hf-sleep serve`. Torch, transformers and FastAPI are imported when it runs."""
+"""`hf-sleep serve`: OpenAI's interface, with memories that stay on the server."""
 
 import os
 import re
@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .app import app, errors_in_a_line, say
+from .loading import load_model
+from .options import Model, with_model
+
 if TYPE_CHECKING:
-    from .settings import ServeSettings
+    from ..serve.settings import ServeSettings
 
 TOKENS = "HF_SLEEP_TOKENS"
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -25,10 +29,10 @@ def _size(help: str) -> Any:
     return typer.Option(parser=_bytes, metavar="BYTES", help=help)
 
 
+@app.command()
+@with_model
 def serve(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id or folder, of a base model or of a sleep checkpoint.")
-    ],
+    model: Model,
     *,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
@@ -50,18 +54,17 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that wait for the model.")] = 64,
     max_connections: Annotated[int, typer.Option(help="Open at once.")] = 512,
     prefixes: Annotated[Any, _size("Of windows kept in the store, so that no beginning is read twice; 0: none.")] = "0",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    **settings: Any,
+    **how: Any,
 ) -> None:
     """Serve MODEL with the OpenAI API, and memories that stay on the server.
 
     Listens at this machine alone unless --host says otherwise. SIGTERM ends it: answers on their way are finished, and
     memories are in the store already.
     """
-    from .settings import ServeSettings
+    from ..serve.settings import ServeSettings
 
     given = tuple(token or os.environ.get(TOKENS, "").split())
-    try:
+    with errors_in_a_line():
         served = ServeSettings(
             name=name or model.rstrip("/").rsplit("/", 1)[-1],
             store=store,
@@ -76,37 +79,24 @@ def serve(
             max_queue=max_queue,
             prefix_bytes=prefixes,
         )
-        _run(model, revision, served, settings, {"host": host, "port": port, "limit_concurrency": max_connections})
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo("Error: " + " ".join(str(error).split()), err=True)
-        raise typer.Exit(1) from None
+        _run(model, how, served, {"host": host, "port": port, "limit_concurrency": max_connections})
 
 
 def _hosts(host: str, tokens: tuple[str, ...]) -> tuple[str, ...]:
     """Names that are answered; without tokens at this machine alone, its own, so that no web page can reach it."""
-    from .settings import LOCAL, LOCAL_NAMES
+    from ..serve.settings import LOCAL, LOCAL_NAMES
 
     return LOCAL_NAMES if host in LOCAL and not tokens else ()
 
 
-def _run(
-    model: str, revision: str | None, served: "ServeSettings", sleep: dict[str, Any], listening: dict[str, Any]
-) -> None:
+def _run(model: str, how: dict[str, Any], served: "ServeSettings", listening: dict[str, Any]) -> None:
     import uvicorn
-    from transformers import AutoTokenizer
 
-    from ..auto import AutoModelForSleepLM
-    from .app import create_app
-    from .settings import LOCAL
+    from ..serve.app import create_app
+    from ..serve.settings import LOCAL
 
     if listening["host"] not in LOCAL and not served.tokens:
-        typer.echo(
-            f"Warning: whoever reaches {listening['host']} can use this server and its memories: give it a --token",
-            err=True,
-        )
+        say(f"Warning: whoever reaches {listening['host']} can use this server and its memories: give it a --token")
     if served.store is None:
-        typer.echo("Memories end with the server: --store FOLDER keeps them.", err=True)
-    asked = {key: value for key, value in sleep.items() if value is not None}
-    loaded = AutoModelForSleepLM.from_pretrained(model, sleep=asked or None, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    uvicorn.run(create_app(loaded, tokenizer, served), timeout_graceful_shutdown=30, **listening)
+        say("Memories end with the server: --store FOLDER keeps them.")
+    uvicorn.run(create_app(*load_model(model, how), served), timeout_graceful_shutdown=30, **listening)
