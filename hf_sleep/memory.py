@@ -201,6 +201,13 @@ class Memory:
             columns,
         )
 
+    def without_columns(self) -> "Memory":
+        """The same, as if no call had read it: the next one's columns are the first, and no mask speaks of the past.
+
+        So what a call costs does not grow with what was read.
+        """
+        return replace(self, counters=tuple(replace(row, pads=0) for row in self.counters), columns=0)
+
     def alone(self) -> "Memory":
         """A memory of one row, as if no other row had been there: without the columns in which it had no token."""
         (row,) = self.counters
@@ -235,6 +242,8 @@ class Memory:
         Raises:
             ValueError: it is not, which could only be ignored: what was read cannot be changed.
         """
+        if not self.columns:  # `without_columns`
+            return
         column = torch.arange(self.columns)
         said = torch.ones(len(self.counters), self.columns) if past is None else past.detach().cpu()
         for b, row in enumerate(self.counters):

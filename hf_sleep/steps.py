@@ -94,7 +94,7 @@ class Steps:
         """What is held after ids of which nothing is asked, none beyond the window."""
         if not ids:
             return held
-        cache, (tokens, _) = self.cache(held.memory), self._tensors(held.memory, [ids])
+        cache, (tokens, _) = self.cache(held.memory), self._tensors([ids])
         ends = torch.zeros_like(tokens)
         ends[:, -1] = then_sleep
         nothing = torch.empty(0, dtype=torch.long)
@@ -189,7 +189,7 @@ class Steps:
             raise ValueError("num_return_sequences must be 1: a session has one answer to a question")
         beams = generation.get("num_beams", config.num_beams) or 1
         rows = held.memory.select([0] * len(prompts) * beams) if held.memory.counters else held.memory
-        cache, (ids, mask) = self.cache(rows), self._tensors(rows, prompts)
+        cache, (ids, mask) = self.cache(rows.without_columns()), self._tensors(prompts)
         settings = {"max_new_tokens": self._max_new_tokens(generation), "eos_token_id": sorted(self.stops) or None}
         settings |= {"pad_token_id": self._pad, "sleep_passes": self.passes} | generation
         with self._watched() as slept:
@@ -226,13 +226,13 @@ class Steps:
             cache.hold(self.model, memory)
         return cache
 
-    def _tensors(self, memory: Memory, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts as ids, padded on the left, and a mask over what was read and them."""
+    def _tensors(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as ids, padded on the left, and their mask."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.model.device)
-        mask = torch.ones(len(prompts), memory.columns + width, dtype=torch.long, device=ids.device)
+        mask = torch.ones_like(ids)
         for row, prompt in zip(mask, prompts, strict=True):
-            row[memory.columns : memory.columns + width - len(prompt)] = 0
+            row[: width - len(prompt)] = 0
         return ids, mask
 
     @contextmanager

@@ -455,3 +455,19 @@ def test_a_fork_continues_alone():
     twin.chat(words(2), **GREEDY)
     assert same(copies(s), before)
     assert twin.report().tokens > s.report().tokens
+
+
+def test_7_what_a_question_hands_to_generate_does_not_grow_with_what_was_read(monkeypatch):
+    s, widths = session(), []
+    generate = s.model.generate
+
+    def watched(ids, attention_mask, **how):
+        widths.append((ids.shape[1], attention_mask.shape[1]))
+        return generate(ids, attention_mask=attention_mask, **how)
+
+    monkeypatch.setattr(s.model, "generate", watched)
+    for length in (3, 4 * L):
+        s.read(words(length))
+        s.ask(words(2, 2), **GREEDY)
+        s.ask_many([words(2, 2), words(4, 2)], **GREEDY)
+    assert all(ids == mask <= 8 for ids, mask in widths)
