@@ -10,11 +10,18 @@ from typing import Any
 import torch
 
 from .cache import SleepCache
-from .engine import SleepEvent
+from .engine import SleepEvent, in_this_thread
 from .held import Held, pass_key
+from .lora import without_wrapper
 from .memory import Memory
 from .session import SleepSession
 from .steps import MAX_NEW_TOKENS, Sleeps
+
+FIELDS = {
+    *("max_new_tokens", "min_new_tokens", "eos_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("typical_p", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
+}
+"""Of a `GenerationConfig`, what a batch heeds."""
 
 
 @dataclass(eq=False)
@@ -48,7 +55,9 @@ class Turn:
     @property
     def is_over(self) -> bool:
         """Whether the answer has ended."""
-        return len(self.said) >= self.config.max_new_tokens or self.said[-1] in self.session.steps.stops
+        ends = self.config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return self.answer.done() or len(self.said) >= self.config.max_new_tokens or self.said[-1] in ends
 
     def choose(self, logits: torch.Tensor) -> None:
         """Say the next token, out of logits `[vocab]`, as `generate` does."""
@@ -81,7 +90,7 @@ class SessionBatch:
     def __init__(self, model: Any, max_rows: int = 32) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: it must be at least 1")
-        self.model, self.max_rows = model, max_rows
+        self.model, self.max_rows = without_wrapper(model), max_rows
         self.waiting: deque[Turn] = deque()
         self.turns: list[Turn] = []
         self._cache = SleepCache()
@@ -95,7 +104,7 @@ class SessionBatch:
             session: of this batch's model.
             question: as `ask` takes it.
             remember: keep the turn.
-            generation: fields of a `GenerationConfig`, and `seed` for sampling of its own.
+            generation: fields of a `GenerationConfig` (`FIELDS`), and `seed` for sampling of its own.
 
         Raises:
             ValueError: a session of another model, or what `ask` refuses; keywords that are no such field.
@@ -103,12 +112,14 @@ class SessionBatch:
         if session.model is not self.model:
             raise ValueError("the session has another model than this batch")
         seed = generation.pop("seed", None)
-        config = self._config(generation)
+        config = self._config(generation, session.steps.stops)
         begun, held, prompt = session.begin(question, {"max_new_tokens": config.max_new_tokens})
         turn = Turn(session, begun, held, prompt, config, remember)
         if seed is not None:
             turn.generator = torch.Generator(self.model.device).manual_seed(seed)
         turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.model.device))
+        turn.answer.set_running_or_notify_cancel()
+        turn.answer.add_done_callback(lambda _: session.end())
         self.waiting.append(turn)
         return turn.answer
 
@@ -127,7 +138,8 @@ class SessionBatch:
                 self._say()
             except Exception as error:
                 for turn in self.turns:
-                    turn.answer.set_exception(error)
+                    if not turn.answer.done():
+                        turn.answer.set_exception(error)
                 self.turns, self._cache = [], SleepCache()
             self._leave()
         return bool(self.turns or self.waiting)
@@ -141,14 +153,19 @@ class SessionBatch:
         seconds = (time.perf_counter() - began) / len(self.turns)
         for turn, row in zip(self.turns, logits, strict=True):
             turn.slept.seconds += seconds
-            turn.choose(row)
+            try:
+                turn.choose(row)
+            except Exception as error:
+                turn.answer.set_exception(error)
 
-    def _config(self, generation: dict[str, Any]) -> Any:
+    def _config(self, generation: dict[str, Any], stops: set[int]) -> Any:
         config = copy.deepcopy(self.model.generation_config)
-        if unknown := config.update(**generation):
-            raise ValueError(f"{min(unknown)} is no field of a GenerationConfig")
+        if wrong := generation.keys() - FIELDS:
+            works = ", ".join(sorted(FIELDS))
+            raise ValueError(f"{min(wrong)} cannot be set in a batch of sessions: seed and {works} can. Or use ask")
+        config.update(**{"eos_token_id": sorted(stops) or None} | generation)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-            raise ValueError("num_beams and num_return_sequences must be 1 in a batch of sessions: use ask")
+            raise ValueError("the model's generation_config has several beams or sequences: use ask")
         config.max_new_tokens = MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
         self.model._prepare_special_tokens(config, device=self.model.device)
         return config
@@ -163,12 +180,12 @@ class SessionBatch:
             turn.slept.add(event)
 
         try:
-            with self.model.on_sleep(note):
+            with self.model.on_sleep(in_this_thread(note)):
                 logits = self.model(ids, cache=cache, logits_to_keep=1, sleep_passes=steps.passes).logits
+            turn.choose(logits[0, -1])
         except Exception as error:
             turn.answer.set_exception(error)
             return
-        turn.choose(logits[0, -1])
         turn.slept.seconds += time.perf_counter() - began
         self._cache = cache if not self.turns else SleepCache.cat([self._cache, cache])
         self.turns.append(turn)
@@ -189,7 +206,7 @@ class SessionBatch:
             def note(event: SleepEvent, turns: list[Turn] = turns) -> None:
                 turns[event.row].slept.add(event)
 
-            with self.model.on_sleep(note):
+            with self.model.on_sleep(in_this_thread(note)):
                 self.model.sleep(part, turns[0].session.steps.passes)
             self._cache.hold(self.model, self._cache.memory.merge(rows, part.memory))
 
@@ -201,7 +218,8 @@ class SessionBatch:
         for b in over:
             turn, memory = self.turns[b], self._cache.memory.select([b]).alone()
             try:
-                turn.answer.set_result(self._answer(turn, memory))
+                if not turn.answer.done():
+                    turn.answer.set_result(self._answer(turn, memory))
             except Exception as error:
                 turn.answer.set_exception(error)
         rest = [b for b in range(len(self.turns)) if b not in over]

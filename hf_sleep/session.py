@@ -1,19 +1,19 @@
 """SleepSession: a memory with a model and a tokenizer, that people read into, ask, save and erase."""
 
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
+
+from transformers import StoppingCriteriaList
 
 from .checks import reject
 from .held import Held, Source, erase, pass_key
 from .idle import IdleSleep
 from .lora import without_wrapper
 from .report import Progress, Reading, Report
-from .state import SleepState
+from .saved import Saved
 from .steps import Passes, Steps
 from .store import SleepStore
 from .streaming import streamed
@@ -22,7 +22,7 @@ from .turns import READER, Text, Turns, name_of
 BEFORE_TURNS = ("when_needed", "always", "never")
 
 
-class SleepSession:
+class SleepSession(Saved):
     """A memory with a model and a tokenizer.
 
     Read into it, ask it, save it. A step that fails leaves it as it was; a `read` that is interrupted keeps the windows
@@ -62,14 +62,14 @@ class SleepSession:
         pass_key(model, sleep_passes)
         self.steps = Steps(model, Turns.of(tokenizer, chat, system, **template), sleep_passes, store)
         self.sleep_before_turns = sleep_before_turns
-        self._lock, self._idle = threading.RLock(), None
+        self._lock, self._idle, self._depth, self._asked = threading.RLock(), None, 0, 0
         self._held, self._before, self._rested = Held(), None, None
 
     _held: Held
     _before: Held | None
     """What was held before the last step, for `undo`."""
-    _rested: tuple[Held, Held] | None
-    """What was held when a question came that needed a sleep, and the same after that sleep."""
+    _rested: tuple[Held, Held, Passes] | None
+    """What was held when a question came that needed a sleep, the same after that sleep, and its passes."""
     _idle: IdleSleep | None
 
     @property
@@ -112,13 +112,18 @@ class SleepSession:
             Tokens read.
 
         Raises:
-            ValueError: what cannot be read, or a private text that does not fit; nothing was read then.
+            ValueError: what cannot be read, or a private text that does not fit; nothing was read then, but for what an
+                iterator gave before.
         """
         steps = self.steps.with_passes(sleep_passes)
         pass_key(self.model, steps.passes)
         read = steps.private if do_not_consolidate else steps.windows
+        if not isinstance(title, str | None):
+            raise ValueError(f"title={title!r}: it must be a string")
         pieces, total = steps.turns.pieces(text, self.model.config.text_config.vocab_size)
         is_long = total is None or total > steps.window_size
+        if do_not_consolidate:
+            pieces = [[token for piece in pieces for token in piece]]
         with self._step(), Reading(total, progress and is_long, on_progress) as reading:
             try:
                 for ids in pieces:
@@ -129,7 +134,7 @@ class SleepSession:
                         self._held = after
                         reading.tell(part, after)
             finally:
-                if reading.tokens:
+                if reading.tokens and not do_not_consolidate:
                     source = Source(title or name_of(text), reading.tokens, reading.digest.hexdigest())
                     self._held = replace(self._held, sources=(*self._held.sources, source))
             if then_sleep:
@@ -152,16 +157,18 @@ class SleepSession:
         Raises:
             ValueError: a question that cannot be read, or that has no room beside a private text.
         """
+        steps = self.steps.with_passes(generation.pop("sleep_passes", None))
         with self._step() if remember else self._still():
-            prompt = self.steps.turns.asking(self._held.speaking, question)
-            held, said = self.steps.answer(self._before_turn(prompt, generation), prompt, generation)
-            if remember:
-                if held is None:
-                    raise ValueError(
-                        "remember=True with num_beams: a beam search leaves several memories. Leave one out"
-                    )
-                self._held = held
-            return self.steps.turns.answer(said)
+            prompt = steps.turns.asking(self._held.speaking, question)
+            before = self._before_turn(steps, prompt, generation)
+            if not remember:
+                (said,), _, _ = steps.generate(before, [prompt], generation)
+                return steps.turns.answer(said)
+            held, said = steps.answer(before, prompt, generation)
+            if held is None:
+                raise ValueError("remember=True with num_beams: a beam search leaves several memories. Leave one out")
+            self._held = held
+            return steps.turns.answer(said)
 
     def chat(self, message: str, **generation: Any) -> str:
         """Answer a message and keep the turn: `ask(message, remember=True)`."""
@@ -169,23 +176,36 @@ class SleepSession:
 
     def stream(self, question: str, *, remember: bool = False, **generation: Any) -> Iterator[str]:
         """The same as `ask`, in pieces as they are made. Leaving the loop early ends the answer there."""
-        return streamed(self.tokenizer, lambda **how: self.ask(question, remember=remember, **generation | how))
+        if "streamer" in generation:
+            raise ValueError("streamer: stream is one itself. Use ask(…, streamer=…), or leave it out")
+        given = generation.pop("stopping_criteria", [])
+
+        def ask(streamer: Any, stopping_criteria: Any) -> str:
+            criteria = StoppingCriteriaList([*given, *stopping_criteria])
+            how = {"streamer": streamer, "stopping_criteria": criteria}
+            return self.ask(question, remember=remember, **generation, **how)
+
+        return streamed(self.tokenizer, ask)
 
     def ask_many(self, questions: Sequence[str], **generation: Any) -> list[str]:
         """Answer many questions as a batch, each from a fork of its own: as `ask` answers each alone.
 
         Where there has to be a sleep before them, it is one for all.
         """
+        if "stopping_criteria" in generation and not self.steps.stops:
+            # generate keeps rows of a batch apart that have ended only where some token ends one.
+            return [self.ask(question, **generation) for question in questions]
+        steps = self.steps.with_passes(generation.pop("sleep_passes", None))
         with self._still():
-            prompts = [self.steps.turns.asking(self._held.speaking, question) for question in questions]
+            prompts = [steps.turns.asking(self._held.speaking, question) for question in questions]
             groups: dict[int, tuple[Held, list[int]]] = {}
             for i, prompt in enumerate(prompts):
-                held = self._before_turn(prompt, generation)
+                held = self._before_turn(steps, prompt, generation)
                 groups.setdefault(id(held), (held, []))[1].append(i)
             answers: dict[int, str] = {}
             for held, group in groups.values():
-                said, _, _ = self.steps.generate(held, [prompts[i] for i in group], generation)
-                answers |= dict(zip(group, map(self.steps.turns.answer, said), strict=True))
+                said, _, _ = steps.generate(held, [prompts[i] for i in group], generation)
+                answers |= dict(zip(group, map(steps.turns.answer, said), strict=True))
             return [answers[i] for i in range(len(prompts))]
 
     def begin(self, question: str, generation: dict[str, Any]) -> tuple[Held, Held, list[int]]:
@@ -196,7 +216,14 @@ class SleepSession:
         """
         with self._still():
             prompt = self.steps.turns.asking(self._held.speaking, question)
-            return self._held, self._before_turn(prompt, generation), prompt
+            begun = self._held, self._before_turn(self.steps, prompt, generation), prompt
+            self._asked += 1
+            return begun
+
+    def end(self) -> None:
+        """Say that a turn which `begin` began is over: until then there is no sleep in the background."""
+        with self._still():
+            self._asked -= 1
 
     def keep(self, begun: Held, held: Held) -> None:
         """Keep a turn that was answered outside, and that began with `begun`.
@@ -209,12 +236,12 @@ class SleepSession:
                 raise RuntimeError("the session has changed since the question was asked: its answer cannot be kept")
             self._held = held
 
-    def _before_turn(self, prompt: list[int], generation: dict[str, Any]) -> Held:
+    def _before_turn(self, steps: Steps, prompt: list[int], generation: dict[str, Any]) -> Held:
         """What a question follows: what is held, after a sleep where one is due, which is made once for many."""
-        if not self.steps.must_sleep(self._held, prompt, self.sleep_before_turns, generation):
+        if not steps.must_sleep(self._held, prompt, self.sleep_before_turns, generation):
             return self._held
-        if self._rested is None or self._rested[0] is not self._held:
-            self._rested = (self._held, self.steps.sleep(self._held))
+        if self._rested is None or self._rested[0] is not self._held or self._rested[2] != steps.passes:
+            self._rested = (self._held, steps.sleep(self._held), steps.passes)
         return self._rested[1]
 
     # Sleeping, and going back.
@@ -241,6 +268,8 @@ class SleepSession:
             self._idle.resume()
 
     def _sleep_unless(self, cancelled: threading.Event) -> None:
+        if self._asked or self._held.public is not None:
+            return
         held = self.steps.sleep(self._held, IdleSleep.policy(self.model, self.steps.passes, cancelled))
         self._held = held
 
@@ -275,7 +304,7 @@ class SleepSession:
         Forks share tensors with it, so forget them too. Files and stores are left alone.
         """
         with self._still():
-            held = [part for part in (self._held, self._before, *(self._rested or ())) if part is not None]
+            held = [part for part in (self._held, self._before, *(self._rested or ())[:2]) if part is not None]
             self._held, self._before, self._rested = Held(), None, None
             erase([memory for part in held for memory in part.memories()], self.model)
 
@@ -284,64 +313,8 @@ class SleepSession:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._lock, twin._idle, twin._before, twin._rested = threading.RLock(), None, None, None
+        twin._depth = twin._asked = 0
         return twin
-
-    # Keeping.
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the memory as a `SleepState`, with where it comes from: titles, counts and digests, and no text.
-
-        A text that must not be consolidated is not in it. What is still in the window is there as keys and values, from
-        which it can be guessed: `sleep()` first, where that matters.
-
-        Raises:
-            ValueError: a session that has read nothing.
-        """
-        self.to_state().save(path)
-
-    def to_state(self) -> SleepState:
-        """The memory as `save` writes it."""
-        with self._still():
-            held = self.steps.public(self._held)
-            if not held.memory.counters:
-                raise ValueError("the session has read nothing: there is nothing to save")
-            about = held.about() | {"tokenizer": self.steps.turns.tokenizer_id, "saved": time.time()}
-            return replace(SleepState.from_cache(self.model, self.steps.cache(held.memory)), about=about)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, model: Any, tokenizer: Any, **settings: Any) -> Self:
-        """Continue a session that was saved, token for token.
-
-        Args:
-            path: what `save` wrote.
-            model: the same model.
-            tokenizer: the same tokenizer.
-            settings: as a new session takes them.
-
-        Raises:
-            ValueError: another model or tokenizer, or a file that no session saved.
-        """
-        return cls.of_state(SleepState.load(path), model, tokenizer, name=str(path), **settings)
-
-    @classmethod
-    def of_state(
-        cls, state: SleepState, model: Any, tokenizer: Any, *, name: str = "the state", **settings: Any
-    ) -> Self:
-        """The session of a state, as `load` does it; errors call it `name`."""
-        session = cls(model, tokenizer, **settings)
-        if state.about is None or len(state.rows) != 1:
-            raise ValueError(
-                f"{name} is a state of {len(state.rows)} sequences that no session saved: SleepState.to_cache(model) "
-                "makes a cache of it"
-            )
-        if state.about.get("tokenizer") != session.steps.turns.tokenizer_id:
-            raise ValueError(f"{name} was read with another tokenizer: load it with the one that it was saved with")
-        memory = state.to_cache(model).memory
-        try:
-            session._held = Held.of_file(memory, state.about)
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be continued: {error}") from error
-        return session
 
     def report(self) -> Report:
         """Tokens, sleeps, seconds and bytes, and what was read."""
@@ -368,12 +341,14 @@ class SleepSession:
     def _still(self) -> Iterator[None]:
         """One thread at a time, and no sleep in the background."""
         with self._lock:
-            if self._idle is not None:
-                self._idle.pause()
+            idle, self._depth = self._idle, self._depth + 1
+            if idle is not None and self._depth == 1:
+                idle.pause()
             try:
                 yield
             finally:
-                if self._idle is not None:
+                self._depth -= 1
+                if self._idle is not None and not self._depth:
                     self._idle.resume()
 
     @contextmanager

@@ -55,6 +55,10 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
+        adapters = getattr(module, "active_adapters", None)
+        if isinstance(adapters, list) and (adapters != ["default"] or getattr(module, "disable_adapters", False)):
+            # PEFT's: which of them compute is no parameter.
+            digest.update(f"{name}:{adapters}:{module.disable_adapters}".encode())
         with loaded(module):
             for key, parameter in sorted(module.named_parameters(recurse=False)):
                 digest.update(f"{name}.{key}{tuple(parameter.shape)}".encode())

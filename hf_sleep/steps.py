@@ -10,12 +10,12 @@ import torch
 
 from .cache import SleepCache
 from .compat import CACHE
-from .engine import PassPolicy, SleepEvent, in_this_thread
+from .engine import PassPolicy, SleepEvent, in_this_thread, pass_policy, policy_fields
 from .held import Held, Slept, pass_key
 from .lora import without_wrapper
 from .memory import Memory
 from .store import SleepStore
-from .turns import MODEL, Turns
+from .turns import MODEL, READER, Turns
 
 Passes = int | PassPolicy | None
 MAX_NEW_TOKENS = 128
@@ -86,7 +86,7 @@ class Steps:
 
     def _found(self, held: Held, ids: list[int]) -> tuple[int, Held]:
         """Continue from the store, where the beginning of these ids was read: how many of them, and what is held."""
-        if self.store is None or held.public is not None:
+        if self.store is None or held.public is not None or not self._has_named_passes:
             return 0, held
         return self.store.longest(self.model, held, ids, pass_key(self.model, self.passes))
 
@@ -177,6 +177,9 @@ class Steps:
         """
         read = memory.counters[0].seen - held.row.seen - len(prompt)
         after = self._advanced(held, prompt + said[:read], memory, slept)
+        if slept and after.at_sleep is not None:
+            inside = after.at_sleep.row.seen - held.row.seen > len(prompt)
+            after = replace(after, at_sleep=replace(after.at_sleep, speaking=MODEL if inside else READER))
         after = self.read(after, [token for token in said[read:] if token not in self.stops])
         return replace(after, speaking=MODEL)
 
@@ -195,7 +198,18 @@ class Steps:
         with self._watched() as slept:
             output = self.model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
         sequences = getattr(output, "sequences", output)
-        return [self._until_stop(row[ids.shape[1] :].tolist()) for row in sequences], cache.memory, slept
+        given = settings["eos_token_id"]
+        stops = {given} if isinstance(given, int) else set(given or ())
+        return [_until(row[ids.shape[1] :].tolist(), stops) for row in sequences], cache.memory, slept
+
+    @property
+    def _has_named_passes(self) -> bool:
+        """Whether the policy has a name and fields, by which a store can tell it from others."""
+        try:
+            policy_fields(pass_policy(self.model.config.sleep.sleep_passes if self.passes is None else self.passes))
+        except ValueError:
+            return False
+        return True
 
     @property
     def stops(self) -> set[int]:
@@ -206,11 +220,9 @@ class Steps:
     @property
     def _pad(self) -> int:
         pad = getattr(self.turns.tokenizer, "pad_token_id", None)
-        return int(next(iter(sorted(self.stops)), 0) if pad is None else pad)
-
-    def _until_stop(self, said: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(said) if token in self.stops), len(said))
-        return said[:end]
+        if pad is None or pad >= self.model.config.text_config.vocab_size:
+            return next(iter(sorted(self.stops)), 0)
+        return int(pad)
 
     def _max_new_tokens(self, generation: dict[str, Any]) -> int:
         config = generation.get("generation_config") or self.model.generation_config
@@ -252,9 +264,15 @@ class Steps:
         after = held.after(ids, memory, slept, slept.seconds, pass_key(self.model, self.passes))
         if held.public is not None:
             return replace(after, since=(*held.since, *ids))
-        if self.store is not None and slept and after.at_sleep is not None:
+        if self.store is not None and slept and after.at_sleep is not None and self._has_named_passes:
             self.store.keep(self.model, self.cache(after.at_sleep.memory), after.at_sleep)
         return after
+
+
+def _until(said: list[int], stops: set[int]) -> list[int]:
+    """What was said up to the first stop; after it come pads."""
+    end = next((i + 1 for i, token in enumerate(said) if token in stops), len(said))
+    return said[:end]
 
 
 def cache_from(store: SleepStore, model: Any, input_ids: torch.Tensor, sleep_passes: Passes = None) -> SleepCache:

@@ -59,7 +59,7 @@ class SleepStore:
             ends.append((done, chain))
         folder = self._folder(model) if ends else ""
         for done, chain in reversed(ends):
-            if (found := self._load(f"{folder}/{chain}{SUFFIX}", model)) is None:
+            if (found := self._load(f"{folder}/{chain}{SUFFIX}", model, held.row.seen + done)) is None:
                 continue
             memory, passes = found
             passes = (*held.passes, *passes[len(held.passes) :])
@@ -82,8 +82,13 @@ class SleepStore:
         state = replace(SleepState.from_cache(model, cache), about={"passes": list(held.passes)})
         self.files.makedirs(folder, exist_ok=True)
         beside = f"{folder}/.{uuid.uuid4().hex}.part"
-        self.files.pipe_file(beside, state.to_bytes())
-        self.files.mv(beside, path)
+        try:
+            self.files.pipe_file(beside, state.to_bytes())
+            self.files.mv(beside, path)
+        except (OSError, ValueError) as error:  # of a full disk, or of values that are not finite
+            logger.warning("A state could not be kept in the store: %s", error)
+        finally:
+            self._delete(beside)
         self._shrink()
 
     def num_bytes(self) -> int:
@@ -99,15 +104,21 @@ class SleepStore:
         """Where states of this model with these settings lie."""
         return f"{self.root}/{model_key(model)}"
 
-    def _load(self, path: str, model: Any) -> tuple[Any, tuple[int, ...]] | None:
+    def _load(self, path: str, model: Any, seen: int) -> tuple[Any, tuple[int, ...]] | None:
+        """The memory of a state right after a sleep, after `seen` tokens, and the N of its sleeps; `None` of none."""
         try:
             data = self.files.cat_file(path)
         except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("A state of the store could not be read: %s", error)
             return None
         try:
             state = SleepState.from_bytes(data, path)
             memory = state.to_cache(model).memory
             passes = tuple(int(n) for n in (state.about or {})["passes"])
+            if [(row.seen, row.fill) for row in state.rows] != [(seen, 0)] or min(passes, default=1) < 1:
+                raise ValueError(f"{path} is not what a sleep after {seen} tokens left")
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("A state in the store is left out and deleted: %s", error)
             self._delete(path)

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 Text = str | os.PathLike | TextIO | torch.Tensor | Sequence[int] | Iterable[str]
 NOBODY, READER, MODEL = SPEAKING = ("nobody", "reader", "model")
 """Whose turn a session is in: before anything was read; in what the reader gives; after an answer."""
-SAID = ("First said by one", "Then answered", "Said by one again")
+SAID = ("said-first-71", "answered-then-72", "said-again-73")
 """What the template is given to see what it writes around it."""
 
 
@@ -88,7 +88,8 @@ class Turns:
                 "session has read stays as it was when it was answered."
             )
         ends = tokenizer(reopening, add_special_tokens=False).input_ids[:1]
-        stops = [token for token in ends if token in tokenizer.all_special_ids]
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        stops = [token for token in ends if token in special]
         return cls(tokenizer, opening, closing, reopening, tuple(sorted({*end, *stops})), adds_special=False)
 
     @functools.cached_property
@@ -111,8 +112,15 @@ class Turns:
         """Ids that are read before the reader speaks, where `speaking` did."""
         if speaking != NOBODY:
             return self.encode(self.reopening) if speaking == MODEL else []
-        first = self.tokenizer("", add_special_tokens=True).input_ids if self.adds_special else ()
-        return [token for token in first if token not in self.stops] + self.encode(self.opening)
+        return self._beginning() + self.encode(self.opening)
+
+    def _beginning(self) -> list[int]:
+        """Ids that the tokenizer puts before a sequence, where no template does."""
+        if not self.adds_special:
+            return []
+        whole, plain = list(self.tokenizer(SAID[0]).input_ids), self.encode(SAID[0])
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return whole[:at]
 
     def asking(self, speaking: str, question: str) -> list[int]:
         """Ids of a question, up to where its answer begins.
@@ -144,7 +152,7 @@ class Turns:
         if isinstance(text, str):
             ids = self.encode(text)
             return [ids], len(ids)
-        if isinstance(text, bytes) or not isinstance(text, Iterable):
+        if isinstance(text, bytes | Mapping) or not isinstance(text, Iterable):
             raise ValueError(
                 f"text is of type {type(text).__name__}: it must be a string, a path, an open text file, ids, or an "
                 "iterator of strings"

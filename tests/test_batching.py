@@ -1,5 +1,7 @@
 """SessionBatch: many sessions in one batch, each answered as alone (law 5); caches joined."""
 
+import threading
+
 import pytest
 import torch
 from families import exact, tokens
@@ -84,8 +86,9 @@ def test_what_cannot_be_asked_is_refused_and_stops_nobody():
     good = batch.submit(s, words(2), **GREEDY)
     for question, settings, message in (
         ("", {}, "must be a string that says something"),
-        ("w1", {"beam": 2}, "beam is no field of a GenerationConfig"),
-        ("w1", {"num_beams": 2}, "num_beams and num_return_sequences must be 1"),
+        ("w1", {"beam": 2}, "beam cannot be set in a batch of sessions: seed and bad_words_ids, "),
+        ("w1", {"num_beams": 2}, "num_beams cannot be set in a batch"),
+        ("w1", {"stop_strings": ["w2"]}, "stop_strings cannot be set in a batch"),
     ):
         with pytest.raises(ValueError, match=message):
             batch.submit(s, question, **settings)
@@ -164,3 +167,72 @@ def test_what_cannot_be_joined_is_refused():
     before = copies(s)
     assert SleepCache.cat(caches[:1]).memory.counters == s._held.memory.counters
     assert same(copies(s), before)
+
+
+def test_other_threads_sleeps_are_theirs():
+    s, other = session(), session()
+    other = SleepSession(s.model, word_tokenizer())
+    other.read(words(4))
+    ended = threading.Event()
+
+    def sleep_on():
+        while not ended.is_set():
+            other.fork().sleep()
+
+    thread = threading.Thread(target=sleep_on)
+    thread.start()
+    try:
+        batch = SessionBatch(s.model)
+        twin = s.fork()
+        answer = batch.submit(twin, words(2), remember=True, max_new_tokens=6, **WORDS)
+        batch.run()
+    finally:
+        ended.set()
+        thread.join()
+    assert answer.result(0)
+    assert twin.report().sleeps == len(twin.report().sleep_passes) == 0
+
+
+def test_a_bad_turn_fails_alone_and_a_cancelled_one_is_answered():
+    s = session()
+    batch = SessionBatch(s.model)
+    good, bad, worse = (batch.submit(s, words(2), **GREEDY) for _ in range(3))
+
+    def fails(ids, scores):
+        raise RuntimeError("mine")
+
+    def fails_later(ids, scores):
+        return scores if ids.shape[1] < len(batch.turns[0].prompt) + 2 else fails(ids, scores)
+
+    batch.waiting[1].processors, batch.waiting[2].processors = fails, fails_later
+    assert not good.cancel()
+    batch.run()
+    assert good.result(0) == s.ask(words(2), **GREEDY)
+    assert "mine" in str(bad.exception(0)) == str(worse.exception(0))
+
+
+def test_an_eos_of_one_s_own_ends_an_answer_as_in_ask():
+    s = session()
+    said = s.ask(words(2), max_new_tokens=12, **WORDS).split()
+    how = WORDS | {"max_new_tokens": 12, "eos_token_id": s.tokenizer.convert_tokens_to_ids(said[2])}
+    batch = SessionBatch(s.model)
+    answer = batch.submit(s, words(2), remember=True, **how)
+    twin = s.fork()
+    batch.run()
+    assert answer.result(0) == twin.ask(words(2), **how)
+    assert len(answer.result(0).split()) == 1 + said.index(said[2])
+
+
+def test_a_session_waits_with_its_idle_sleep_until_its_turn_is_over():
+    s = session()
+    s.read(words(3))
+    batch = SessionBatch(s.model)
+    s.sleep_when_idle(0.0)
+    answer = batch.submit(s, words(2), remember=True, **GREEDY)
+    s._idle._timer.join(10)
+    before = s.report().sleeps
+    batch.run()
+    assert answer.result(0)
+    s._idle._timer.join(10)
+    assert s.report().sleeps == before + 1
+    s.sleep_when_idle(None)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from families import FAMILIES, make_model, sleep_config
 from helpers import EVICTIONS, word_tokenizer, words
+from tokenizers import processors
 
-from hf_sleep import SleepCache, SleepSession, SleepState, UntilSettled
+from hf_sleep import SleepCache, SleepSession, SleepState, SleepStore, UntilSettled
 from hf_sleep.held import chained, chained_sleep
 from hf_sleep.memory import Memory
 
@@ -445,6 +446,87 @@ def test_a_beam_search_can_answer_and_cannot_be_remembered():
     with pytest.raises(ValueError, match="num_return_sequences must be 1"):
         s.ask(words(2), num_beams=2, num_return_sequences=2, **GREEDY)
     assert s._held is held
+
+
+def test_the_passes_of_a_question_are_those_of_all_its_sleeps(tmp_path):
+    settings = {"store": SleepStore(tmp_path), "sleep_before_turns": "never"}
+    s = session(dtype=torch.float32, settings=settings)
+    s.read(words(8))
+    s.chat(words(2), sleep_passes=4, do_sample=False, max_new_tokens=2 * L)
+    assert set(s.report().sleep_passes) == {4}
+    files = set(tmp_path.rglob("*.sleep"))
+    s.ask(words(2), do_sample=False, max_new_tokens=2 * L)
+    assert set(tmp_path.rglob("*.sleep")) == files, "a question that is not kept is not stored"
+
+
+def test_a_private_text_leaves_no_trace_in_a_file(tmp_path):
+    abouts = []
+    for secret in ("w1 w2 w3 w4", "w4 w3 w2 w1"):
+        s = session(dtype=torch.float32)
+        s.read(words(3))
+        s.read(iter(secret.split()), do_not_consolidate=True, title="the code of the door")
+        s.read("w5")
+        s.save(tmp_path / "a.sleep")
+        assert b"the code of the door" not in (tmp_path / "a.sleep").read_bytes()
+        about = SleepState.load(tmp_path / "a.sleep").about
+        abouts.append({name: value for name, value in about.items() if name not in ("awake", "asleep", "saved")})
+    assert abouts[0] == abouts[1]
+    held = s._held
+    with pytest.raises(ValueError, match="do_not_consolidate"):
+        s.read(iter([words(3), words(30)]), do_not_consolidate=True)
+    assert s._held is held
+
+
+def test_steps_within_a_step_leave_the_idle_timer_alone():
+    s = session()
+    s.sleep_when_idle(0.0)
+    s.read(iter([words(3), words(3, 2)]), on_progress=lambda _: (s.to_state(), time.sleep(0.05)))
+    s._idle._timer.join(10)
+    assert s.report().tokens == 7
+    s.sleep_when_idle(None)
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+def test_seams_of_tokenizers_and_arguments():
+    odd = word_tokenizer(chat=False)
+    odd.bos_token = odd.eos_token = "<end>"
+    odd._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", odd.eos_token_id)]
+    )
+    s = session(tokenizer=odd)
+    ids = odd(words(2), return_tensors="pt").input_ids
+    assert ids[0, 0] == odd.eos_token_id
+    assert s.steps.turns.asking("nobody", words(2))[:3] == ids[0].tolist()
+    padded = word_tokenizer()
+    padded.add_special_tokens({"pad_token": "<another pad>"})
+    s = session(tokenizer=padded)
+    assert s.ask_many([words(2), words(4)], **GREEDY) == [s.ask(words(2), **GREEDY), s.ask(words(4), **GREEDY)]
+    with pytest.raises(ValueError, match="text is of type BatchEncoding"):
+        s.read(padded(words(3)))
+    with pytest.raises(ValueError, match="title=5: it must be a string"):
+        s.read(words(3), title=5)
+    with pytest.raises(ValueError, match="streamer: stream is one itself"):
+        s.stream(words(2), streamer=None)
+    ended = [lambda ids, scores: torch.ones(len(ids), dtype=torch.bool)]
+    assert (
+        "".join(s.stream(words(2), stopping_criteria=ended, **GREEDY)).strip() == s.ask(words(2), **GREEDY).split()[0]
+    )
+
+
+def test_a_state_s_session_has_tensors_of_its_own():
+    s = session(dtype=torch.float32)
+    s.read(words(L + 2))
+    before = copies(s)
+    SleepSession.of_state(s.to_state(), s.model, s.tokenizer).forget()
+    assert same(copies(s), before)
+
+
+def test_a_question_after_a_rollback_into_an_answer_closes_it():
+    s = session(settings={"sleep_before_turns": "never"})
+    s.chat(words(2), do_sample=False, max_new_tokens=2 * L, suppress_tokens=list(range(5)))
+    s.rollback()
+    turns = s.steps.turns
+    assert turns.asking(s._held.speaking, "w1") == turns.encode(turns.reopening + "w1" + turns.closing)
 
 
 def test_a_fork_continues_alone():

@@ -47,7 +47,7 @@ class ServedSession(SleepSession):
         """
         with self._step():
             prompt = self.steps.turns.asking(self._held.speaking, question)
-            held = self._before_turn(prompt, generation)
+            held = self._before_turn(self.steps, prompt, generation)
             held = self.steps.read_all(held, prompt + self.steps.turns.encode(answer))
             self._held = replace(held, speaking=MODEL)
 
