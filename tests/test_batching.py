@@ -224,11 +224,11 @@ def test_an_eos_of_one_s_own_ends_an_answer_as_in_ask():
 
 
 def test_a_session_waits_with_its_idle_sleep_until_its_turn_is_over():
-    s = session()
+    s = session(settings={"sleep_before_turns": "never"})
     s.read(words(3))
     batch = SessionBatch(s.model)
     s.sleep_when_idle(0.0)
-    answer = batch.submit(s, words(2), remember=True, **GREEDY)
+    answer = batch.submit(s, words(2), remember=True, **GREEDY | {"max_new_tokens": 2})
     s._idle._timer.join(10)
     before = s.report().sleeps
     batch.run()
