@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers.integrations.peft
 from families import FAMILIES, make_base, make_model, randomize, sleep_config, tokens
-from helpers import assert_close, assert_same_weights
+from helpers import assert_close, assert_same_weights, word_tokenizer, words
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
-from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepState, sleep_lora_config
+from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepSession, SleepState, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
+from hf_sleep.state import fingerprint
 
 L = 6
 IDS = tokens(3 * L + 2)[None]
@@ -409,3 +410,27 @@ def test_a_model_is_prepared_for_training_on_a_quantised_base():
     assert all("lora_" in n or "modules_to_save" in n for n, p in adapted.named_parameters() if p.requires_grad)
     losses = steps(adapted.train(), 4)
     assert losses[-1] < losses[0]
+
+
+def test_a_memory_is_one_of_the_adapter_that_read_it(tmp_path):
+    """Which of them compute is no parameter, and makes another model all the same."""
+    model = make_model("llama", settings("llama"))
+    config = LoraConfig(r=2, target_modules=PROJECTIONS, task_type="CAUSAL_LM", init_lora_weights=False)
+    tuned = get_peft_model(model, config)
+    tuned.add_adapter("other", config)
+    inner = tuned.get_base_model()
+    found = {"default": fingerprint(inner)}
+    tuned.set_adapter("other")
+    found["other"] = fingerprint(inner)
+    with tuned.disable_adapter():
+        found["none"] = fingerprint(inner)
+    assert len(set(found.values())) == 3
+    tuned.set_adapter("default")
+    assert fingerprint(inner) == found["default"]
+    session = SleepSession(tuned.eval(), word_tokenizer())
+    session.read(words(2 * L))
+    session.save(tmp_path / "a.sleep")
+    assert SleepSession.load(tmp_path / "a.sleep", tuned, word_tokenizer()).report() == session.report()
+    tuned.set_adapter("other")
+    with pytest.raises(ValueError, match="saved by another model"):
+        SleepSession.load(tmp_path / "a.sleep", tuned, word_tokenizer())
