@@ -113,23 +113,26 @@ def test_every_recipe_says_what_it_needs_to_who_runs_it(name):
     needs = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
     project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert needs["requires-python"] == project["requires-python"]
-    (ours,) = needs["dependencies"]
-    assert ours.startswith(project["name"] + "[")
-    assert set(re.search(r"\[(.*)\]", ours)[1].split(",")) <= set(project["optional-dependencies"])
+    (ours,) = [needed for needed in needs["dependencies"] if needed.startswith(project["name"])]
+    extras = re.search(r"\[(.*)\]", ours)
+    assert extras is None or set(extras[1].split(",")) <= set(project["optional-dependencies"])
     assert (RECIPES / needs["tool"]["uv"]["sources"][project["name"]]["path"]).resolve() == RECIPES.parent
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.py")))
 def test_every_recipe_says_its_arguments_and_their_defaults(recipe, name, capsys):
+    if name == "lm_evaluation":
+        pytest.importorskip("lm_eval", reason="the recipe's own requirement, which its header names")
     with pytest.raises(SystemExit, match="0"):
         recipe(name).main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    # argparse breaks lines after a hyphen too.
+    said = re.sub(r"(?<=\w-) (?=\w)", "", " ".join(capsys.readouterr().out.split()))
     kind = recipe(name).Arguments
     for field in dataclasses.fields(kind):
         assert not field.init or re.search(
             rf"--{field.name.replace('_', '-')} .*{re.escape(field.metadata['help'])}", said
         )
-    assert not hasattr(kind, "output") or f"a folder (default: {kind.output})" in said
+    assert not getattr(kind, "output", None) or f"a folder (default: {kind.output})" in said
 
 
 def test_a_recipe_runs_from_anywhere(tmp_path):

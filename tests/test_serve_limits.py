@@ -111,7 +111,7 @@ def test_a_change_that_another_server_overtook_is_refused_and_changes_nothing(tm
     settings = ServeSettings("tiny", store=str(tmp_path))
     one, two = (Memories(tiny(), letters(), settings) for _ in range(2))
     one.create("me", "ada", None)
-    mine, theirs = one.open("me", "ada"), two.open("me", "ada")
+    mine, theirs = one.current("me", "ada"), two.current("me", "ada")
     for memories, kept, text in ((two, theirs, "theirs"), (one, mine, "mine")):
         session = kept.session.fork()
         session.read(text, progress=False)
@@ -120,13 +120,13 @@ def test_a_change_that_another_server_overtook_is_refused_and_changes_nothing(tm
         else:
             with pytest.raises(ApiError, match="another server changed the memory 'ada' meanwhile"):
                 memories.commit("me", "ada", kept, session)
-    assert one.open("me", "ada").session.tokens == two.open("me", "ada").session.tokens == len("theirs") + 1
-    overtaken = one.open("me", "ada")
+    assert one.current("me", "ada").session.tokens == two.current("me", "ada").session.tokens == len("theirs") + 1
+    overtaken = one.current("me", "ada")
     two.forget("me", "ada")
     with pytest.raises(ApiError, match="another server changed"):
         one.commit("me", "ada", overtaken, overtaken.session.fork())
     with pytest.raises(ApiError, match="there is no memory"):
-        one.open("me", "ada")
+        one.current("me", "ada")
 
 
 def test_another_model_s_memories_are_not_there(tmp_path):

@@ -12,7 +12,7 @@ import typer
 from .app import INTERRUPTED, app, complain, errors_in_a_line, one_line, say
 from .generate import answered
 from .loading import load_session, load_state, reopened
-from .memory import read_text, read_with_bar
+from .memory import read_with_bar, text_in
 from .options import Model, System, generation, session_settings, with_answers
 from .show import as_line, number, print_report, short, status
 
@@ -148,7 +148,7 @@ class Chat:
 
     def read(self, name: str) -> str:
         """Read a text file."""
-        ids = self.session.steps.turns.encode(read_text(self._named(name, "/read notes.txt")))
+        ids = self.session.steps.turns.encode(text_in(self._named(name, "/read notes.txt")))
         before = self.session.report().tokens
         try:
             read_with_bar(self.session, ids, Path(name).name)

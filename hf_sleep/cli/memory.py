@@ -53,7 +53,7 @@ def read(
         _check_output(memory, memory_in)
         if title is not None and len(files) > 1:
             raise ValueError(f"--title names one file, and {len(files)} are given: leave it out, or read them in turn")
-        texts = [(title or _title(file), read_text(file)) for file in files]
+        texts = [(title or _title(file), text_in(file)) for file in files]
         settings = session_settings(chat, system) | ({} if store is None else {"store": open_store(store)})
         session = load_session(model, memory_in, how, **settings)
         is_whole = _read_all(session, texts, then_sleep)
@@ -92,7 +92,7 @@ def _title(file: Path) -> str:
     return "stdin" if str(file) == "-" else file.name
 
 
-def read_text(file: Path) -> str:
+def text_in(file: Path) -> str:
     """The text of a file, or of stdin.
 
     Raises:

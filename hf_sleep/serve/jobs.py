@@ -92,7 +92,7 @@ class Jobs:
         """Read a text into a memory; gives the tokens read, and its report."""
 
         def work(job: Job) -> dict[str, Any]:
-            kept = self.memories.open(owner, id)
+            kept = self.memories.current(owner, id)
             session = kept.session.fork()
             read = session.read(body.text, title=body.title, then_sleep=body.then_sleep, progress=False)
             job.check()
@@ -107,7 +107,7 @@ class Jobs:
         questions, generation = body.all(self.settings.max_questions), body.generation(self.settings.max_tokens)
 
         def work(job: Job) -> dict[str, Any]:
-            session, tokenizer = self.memories.open(owner, id).session, self.memories.tokenizer
+            session, tokenizer = self.memories.current(owner, id).session, self.memories.tokenizer
             listener = Answer(tokenizer, lambda _: None, (), True, job.gone.is_set).generation()["stopping_criteria"]
             with body.seeded(self.memories.model.device):
                 answers = session.ask_many(questions, stopping_criteria=listener, **generation)
@@ -127,7 +127,7 @@ class Jobs:
             if body.remember:
                 raise refused("remember", True, "without a memory_id there is nothing to keep a turn in")
             return None, self.memories.session(owner, system)
-        kept = self.memories.open(owner, body.memory_id)
+        kept = self.memories.current(owner, body.memory_id)
         if system is None:
             return kept, kept.session if body.remember is False else kept.session.fork()
         if not kept.session.is_empty or kept.system is not None:

@@ -82,7 +82,7 @@ class Memories:
         self._put(owner, id, -version + 1, self.session(owner, system), unread(system), system)
         return id
 
-    def open(self, owner: str, id: str) -> Kept:
+    def current(self, owner: str, id: str) -> Kept:
         """A memory as it is now, whichever server wrote it last.
 
         Raises:
@@ -109,7 +109,7 @@ class Memories:
         Args:
             owner: of the memory.
             id: of the memory.
-            kept: what `open` gave, from which the session went on.
+            kept: what `current` gave, from which the session went on.
             session: a fork of it, that nobody else uses.
 
         Raises:
@@ -124,7 +124,7 @@ class Memories:
         Raises:
             ApiError: there is none, or it has read nothing.
         """
-        session = self.open(owner, id).session
+        session = self.current(owner, id).session
         if session.is_empty:
             raise ApiError(409, f"the memory {id!r} has read nothing: there is no file of it", code="memory_empty")
         return session.to_state().to_bytes()
@@ -163,7 +163,7 @@ class Memories:
 
     def report(self, owner: str, id: str) -> dict[str, Any]:
         """What a memory tells of itself."""
-        kept = self.open(owner, id)
+        kept = self.current(owner, id)
         about = asdict(kept.session.report())
         return {"id": id, "object": "memory", "version": kept.version, "used": kept.used} | about
 
