@@ -33,6 +33,7 @@ GROUPS = {
     "generation": ["test_generation"],
     "saving": ["test_saving"],
     "state": ["test_state"],
+    "memories": ["test_session", "test_batching", "test_store", "test_pipeline"],
     "ports": ["test_jet_nemotron", "test_ouro", "test_models_asleep"],
     "training": ["test_training_trainer"],
 }
