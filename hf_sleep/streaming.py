@@ -1,4 +1,4 @@
-"""Answers in pieces, as they are made; sleeps on the way are events of the stream."""
+"""Answers in pieces, as they are made, and streamers that mark sleeps."""
 
 import queue
 import threading
@@ -39,7 +39,7 @@ class SleepStreamer(TextStreamer):
 
 
 class Pieces(TextStreamer):
-    """A streamer that puts text, and sleeps, into a queue."""
+    """A streamer that puts text into a queue."""
 
     def __init__(self, tokenizer: Any, into: "queue.SimpleQueue[Any]"):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -49,20 +49,13 @@ class Pieces(TextStreamer):
         if text:
             self.into.put(text)
 
-    def on_sleep(self, event: SleepEvent) -> None:
-        """Called by `generate` at each sleep."""
-        self.into.put(event)
 
-
-def streamed(
-    tokenizer: Any, ask: Callable[..., Any], on_sleep: Callable[[SleepEvent], None] | None = None
-) -> Iterator[str]:
+def streamed(tokenizer: Any, ask: Callable[..., Any]) -> Iterator[str]:
     """Run `ask(streamer=…, stopping_criteria=…)` in a thread, and give its text as it comes.
 
     Args:
         tokenizer: decodes.
         ask: generates.
-        on_sleep: told of sleeps on the way, in the thread of the reader.
 
     Raises:
         Exception: what `ask` raises.
@@ -82,10 +75,7 @@ def streamed(
     thread.start()
     try:
         while (piece := pieces.get()) is not end:
-            if isinstance(piece, str):
-                yield piece
-            elif on_sleep is not None:
-                on_sleep(piece)
+            yield piece
     finally:
         stopped.event.set()
         thread.join()
