@@ -228,6 +228,12 @@ def test_a_sleep_in_the_middle_of_an_answer_is_one_to_roll_back_to():
 
 
 def test_forgetting_leaves_nothing():
+    """In a process of its own: all its live tensors are searched, and none is another test's."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        process.apply(_forget_and_search)
+
+
+def _forget_and_search():
     s = session()
     s.read(words(2 * L + 3))
     s.ask(words(8, 3), **GREEDY)
