@@ -69,12 +69,12 @@ class LongText(Task):
     def _tell(self, rng: random.Random) -> Told:
         """A text and a question, drawn from `rng`."""
 
-    def judge(self, said: str, row: Row) -> float:
-        """Share of the row's references that occur in `said`, in small letters or large ones.
+    def judge(self, said: str, row: Row) -> list[bool]:
+        """Whether each of the row's references occurs in `said`, in small letters or large ones.
 
-        Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), its match of all references.
+        Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), its match of all references, whose score is their share.
         """
-        return sum(reference.lower() in said.lower() for reference in row["references"]) / len(row["references"])
+        return [reference.lower() in said.lower() for reference in row["references"]]
 
     @property
     def vocab_size(self) -> int:
