@@ -144,12 +144,17 @@ def test_rows_sleep_where_they_say(recipe, base, tokenizer):
     assert next(iter(trainer.get_train_dataloader()))["sleep_after"].sum(1).tolist() == [3] * 8
 
 
-def test_a_checkpoint_is_evaluated_on_managers(recipe, base, tokenizer, tmp_path):
-    settings = {"people": 5, "hops": [1, 2], "questions": 2}
-    options = ["--task-settings", json.dumps(settings), "--window-size", "60", "--problems", "5"]
-    scores = recipe("evaluate").main([base, "managers", *options, "--output", str(tmp_path)])
-    assert {(score["difficulty"], score["chance"]) for score in scores} == {(1, 1 / 4), (2, 1 / 4)}
-    assert sum(score["n"] for score in scores) == 5 * 2
+def test_the_last_window_is_what_hard_eviction_leaves(base, tokenizer):
+    rows = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0)).dataset(20)
+    model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 40}).eval()
+    for row in rows:
+        end = answers.last_window(row, 40)
+        prompts = [each["input_ids"][: answers.first_answer(each)] for each in (row, end)]
+        assert prompts[0][-len(prompts[1]) :] == prompts[1]
+        assert len(prompts[1]) <= 40
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0, -1] for ids in prompts]
+        torch.testing.assert_close(*logits)
 
 
 def test_mcnemar_is_exact(recipe):
