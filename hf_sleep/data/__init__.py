@@ -5,7 +5,25 @@ from .gsm_infinite import GSMInfinite
 from .khop import KHop, KHopText
 from .long_text import LongText
 from .managers import Managers
+from .needle import Needle
 from .rule110 import Rule110
+from .ruler import RULER
 from .task import Task
+from .variables import VariableTracking
+from .word_counts import CommonWords, FrequentWords
 
-__all__ = ["Depo", "GSMInfinite", "KHop", "KHopText", "LongText", "Managers", "Rule110", "Task"]
+__all__ = [
+    "RULER",
+    "CommonWords",
+    "Depo",
+    "FrequentWords",
+    "GSMInfinite",
+    "KHop",
+    "KHopText",
+    "LongText",
+    "Managers",
+    "Needle",
+    "Rule110",
+    "Task",
+    "VariableTracking",
+]
