@@ -59,8 +59,8 @@ class Needle(Haystack):
     Raises:
         ValueError: naming the field, what it got and what would work.
 
-    Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), § 3.1; sentences and words are our own. Rows differ in three
-    ways: they have no example before them, a needle is as likely in each window, and a text starts anywhere.
+    Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), § 3.1; sentences and words are our own. There needles stand
+    anywhere with no regard to windows, and a text starts at its beginning.
     """
 
     kinds: ClassVar[tuple[str, ...]] = (*Haystack.kinds, "needles")

@@ -30,7 +30,8 @@ class VariableTracking(Haystack):
     Raises:
         ValueError: naming the field, what it got and what would work.
 
-    Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), § 3.2, whose haystack here is `"noise"`; sentences are our own.
+    Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), § 3.2; sentences are our own. There the haystack is
+    `"noise"`, and an example comes before the text.
     """
 
     chains: int = 1
