@@ -4,7 +4,8 @@ from .depo import Depo
 from .gsm_infinite import GSMInfinite
 from .khop import KHop, KHopText
 from .managers import Managers
+from .mqar import MQAR
 from .rule110 import Rule110
 from .task import Task
 
-__all__ = ["Depo", "GSMInfinite", "KHop", "KHopText", "Managers", "Rule110", "Task"]
+__all__ = ["MQAR", "Depo", "GSMInfinite", "KHop", "KHopText", "Managers", "Rule110", "Task"]
