@@ -15,7 +15,9 @@ class MQAR(Task):
     are asked, in random order, and the end token. `sleep_after` is 1 at the last token of each window, so a window is
     as long as its pairs, up to L, and holds no fill. All keys of a row differ, and so do all values, whose pairing is
     uniform. The label right after each key is its value. It is never fed back, so every answer stands alone; the end
-    token carries the last label. All rows have the same length, without pads.
+    token carries the last label. All rows have the same length, without pads. `choices` are the values of a row, in the
+    order of their ids: a model that was not trained on such rows may know which of them is a key's, and yet think
+    another token likelier than all of them.
 
     Accuracy against `pairs` is a memory's capacity: rows of any number of pairs speak the same tokens.
 
@@ -115,4 +117,4 @@ class MQAR(Task):
             "labels": [IGNORED] * (len(told) + 1) + answer,
             "sleep_after": sleep_after,
         }
-        return row | {"difficulty": n, "answer": answer}
+        return row | {"difficulty": n, "answer": answer, "choices": sorted(values)}
