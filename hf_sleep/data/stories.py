@@ -1,7 +1,7 @@
 """Stories of people who move between rooms, take, set down and hand over things, and questions about them."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, product
@@ -115,7 +115,7 @@ class Story:
         least = min(self.named[room] for room in rooms)
         return Act("move", who, room=rng.choice([room for room in rooms if self.named[room] == least]))
 
-    def gain(self, rng: random.Random, who: str, count: int, among: Iterable[str]) -> Act | None:
+    def gain(self, rng: random.Random, who: str, count: int, among: Container[str]) -> Act | None:
         """Make `who` take so many things of `among`, or be handed them, where that is possible."""
         if not self.been[who]:
             return None
@@ -188,7 +188,6 @@ def one(rng: random.Random, story: Story, facts: int, answer: str) -> Plan:
 def yes_no(rng: random.Random, story: Story, facts: int, answer: str) -> Plan:
     """Whether a person is in a room, that or the one before: by the last move."""
     who, last = rng.choice(story.people), rng.randrange(1, facts)
-
     move = partial(story.move, rng, who)
     return Plan(
         due={rng.randrange(last): move, last: move},
@@ -241,9 +240,10 @@ def three(rng: random.Random, story: Story, facts: int, answer: str) -> Plan:
 
 def _changes(total: int) -> list[tuple[int, ...]]:
     """Gains and losses of one or two things, four in all, that leave so many."""
-    steps = product((1, 2, -1, -2), repeat=len(NUMBERS) - 1)
+    steps = product((1, 2, -1, -2), repeat=4)
     loads = {changes: list(accumulate(changes)) for changes in steps}
-    return [changes for changes, load in loads.items() if min(load) >= 0 and max(load) <= 4 and load[-1] == total]
+    possible = {changes: load for changes, load in loads.items() if min(load) >= 0 and max(load) < len(NUMBERS)}
+    return [changes for changes, load in possible.items() if load[-1] == total]
 
 
 CHANGES = [_changes(total) for total in range(len(NUMBERS))]
