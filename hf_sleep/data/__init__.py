@@ -1,10 +1,12 @@
 """Synthetic tasks with known answers, to train and to measure sleep on."""
 
 from .depo import Depo
+from .facts import Facts
 from .gsm_infinite import GSMInfinite
 from .khop import KHop, KHopText
 from .long_text import LongText
 from .managers import Managers
+from .mqar import MQAR
 from .needle import Needle
 from .rule110 import Rule110
 from .ruler import RULER
@@ -13,9 +15,11 @@ from .variables import VariableTracking
 from .word_counts import CommonWords, FrequentWords
 
 __all__ = [
+    "MQAR",
     "RULER",
     "CommonWords",
     "Depo",
+    "Facts",
     "FrequentWords",
     "GSMInfinite",
     "KHop",

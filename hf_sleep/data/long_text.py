@@ -24,6 +24,7 @@ class Told:
         question: all that comes after the text, up to where the answer begins.
         answers: the words that must be said, in the order in which the labels say them.
         difficulty: of the question.
+        fields: more fields of the row, by name.
     """
 
     opening: str
@@ -32,6 +33,7 @@ class Told:
     question: str
     answers: Sequence[str]
     difficulty: int
+    fields: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class LongText(Task):
             "labels": labels,
             "sleep_after": sleep_after + [0] * (len(ids) - len(sleep_after)),
         }
-        return row | {"difficulty": told.difficulty, "answer": list(told.answers), "references": list(told.answers)}
+        row |= {"difficulty": told.difficulty, "answer": list(told.answers), "references": list(told.answers)}
+        return row | told.fields
 
     def _filled(
         self, rng: random.Random, sentences: Sequence[str], other: list[int], filler: Callable[[], str], room: int
