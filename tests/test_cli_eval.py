@@ -198,11 +198,11 @@ def test_every_test_runs(base, test, tmp_path):
 def test_what_cannot_be_asked_is_said(base):
     result = run(base, "nonsense")
     assert result.exit_code == 1
-    assert "nonsense is no test: there are position, needle-single" in result.stderr
+    assert "nonsense is no test: there are position, niah_single_1" in result.stderr
     result = run(base, "khop", "--task-settings", "[1]")
     assert "--task-settings [1]: it must be a JSON object" in result.stderr
-    result = run(base, "needle-single", "common-words", "--window-size", "8", "--problems", "1")
+    result = run(base, "niah_single_2", "cwe", "--window-size", "8", "--problems", "1")
     assert result.exit_code == 1
-    assert "Left out: needle-single, 4 windows: " in result.stderr
-    assert "Left out: common-words, 4 windows: " in result.stderr
+    assert "Left out: niah_single_2, 4 windows: " in result.stderr
+    assert "Left out: cwe, 4 windows: " in result.stderr
     assert "nothing was measured" in result.stderr

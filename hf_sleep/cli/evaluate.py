@@ -35,9 +35,9 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[TEST]...",
-            help="position, needle-single, needle-multikey, needle-multivalue, needle-multiquery, variable-tracking, "
-            "common-words, frequent-words, facts, mqar; or a recipe's task: gsm_infinite, managers, khop, depo, "
-            "rule110. By default position and needle-single.",
+            help="position; RULER's niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, "
+            "cwe, fwe; facts; mqar; or a recipe's task: gsm_infinite, managers, khop, depo, rule110. By default "
+            "position and niah_single_2.",
         ),
     ] = None,
     *,
@@ -72,7 +72,7 @@ def evaluate(
     from ..eval.suite import TASKS, TESTS
 
     with errors_in_a_line():
-        chosen = tests or [POSITION, "needle-single"]
+        chosen = tests or [POSITION, "niah_single_2"]
         if unknown := [name for name in chosen if name not in (POSITION, *TESTS, *TASKS)]:
             raise ValueError(f"{unknown[0]} is no test: there are {', '.join((POSITION, *TESTS, *TASKS))}")
         settings = _settings(task_settings)

@@ -107,14 +107,14 @@ class Facts(LongText):
         asked = kinds if kind is None else (kind,)
         return sum(1 / choices[each] for each in asked) / len(asked)
 
-    def judge(self, said: str, row: Row) -> float:
-        """1 where the first sentence of `said` has the answer and no other of the row's choices, else 0.
+    def judge(self, said: str, row: Row) -> list[bool]:
+        """Whether the first sentence of `said` has the answer and no other of the row's choices.
 
         Source: Kuratov et al. 2024, BABILong (arXiv 2406.10149), its comparison of answers.
         """
         first = re.split(r"[.!?\n]", said.strip(), maxsplit=1)[0]
         words = set(re.findall(r"\w+", first.lower()))
-        return float(words & set(row["choices"]) == set(row["references"]))
+        return [words & set(row["choices"]) == set(row["references"])]
 
     def _tell(self, rng: random.Random) -> Told:
         people, things = rng.sample(PEOPLE, self.people), rng.sample(THINGS, self.things)

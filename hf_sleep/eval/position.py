@@ -1,5 +1,6 @@
 """Loss by position in a long text: how much of what has left the window a memory gives back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,13 +52,13 @@ class PositionLosses:
         return _share(gained.sum(), available.sum()).item(), low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """By the way of reading the loss of each window and the share recovered, as plain numbers."""
+        """By the way of reading the loss of each window and the share recovered, as plain numbers, `None` for NaN."""
         ways: dict[str, Any] = {}
         for reads in self.losses:
             ways[reads] = {"loss_by_window": [round(loss, 4) for loss in self.by_window(reads)]}
             if reads not in (FULL, WINDOW):
-                share, low, high = self.recovered(reads)
-                ways[reads] |= {"recovered": share, "recovered_95": [low, high]}
+                share, *ends = (None if math.isnan(value) else value for value in self.recovered(reads))
+                ways[reads] |= {"recovered": share, "recovered_95": ends}
         rows, tokens = self.losses[FULL].shape
         return {"window_size": self.window_size, "rows": rows, "tokens": tokens + 1, "reads": ways}
 

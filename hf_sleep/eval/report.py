@@ -56,7 +56,8 @@ def position_table(found: PositionLosses) -> str:
         cells = [reads, f"{first:.3f}", f"{others:.3f}", "", ""]
         if reads not in (FULL, WINDOW):
             share, low, high = found.recovered(reads)
-            cells[3:] = [f"{share:.1%}", f"{low:.1%} to {high:.1%}"]
+            is_there = share == share  # not NaN: a full context helps
+            cells[3:] = [f"{share:.1%}", f"{low:.1%} to {high:.1%}"] if is_there else ["nothing to recover", ""]
         rows.append(cells)
     return markdown(rows)
 

@@ -10,20 +10,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..data import (
-    MQAR,
-    CommonWords,
-    Depo,
-    Facts,
-    FrequentWords,
-    GSMInfinite,
-    KHop,
-    Managers,
-    Needle,
-    Rule110,
-    Task,
-    VariableTracking,
-)
+from ..data import MQAR, RULER, Depo, Facts, GSMInfinite, KHop, Managers, Rule110, Task
 from ..modeling import SleepForCausalLM
 from ..training.trainer import TASK_FILE, task_settings
 from .answers import CONTROLS, Score, measure, problems
@@ -55,24 +42,18 @@ def _words(kind: Callable[..., Task], **settings: Any) -> Callable[[Size], Seque
 def _pairs(size: Size) -> Sequence[Task]:
     # The first ids of a vocabulary are seldom words.
     first = min(1000, size.vocab_size // 8)
-    ids = {"first_id": first, "vocab_size": min(8192, size.vocab_size - first) // 2 * 2}
-    return [MQAR(pairs=pairs, window_size=size.window_size, **ids) for pairs in PAIRS if 2 * pairs <= ids["vocab_size"]]
+    ids = {"first_id": first, "vocab_size": min(first + 8192, size.vocab_size), "window_size": size.window_size}
+    return [MQAR(pairs=pairs, **ids) for pairs in PAIRS if first + 1 + 2 * pairs <= ids["vocab_size"]]
 
 
 TESTS: Mapping[str, Callable[[Size], Sequence[Task]]] = {
-    "needle-single": _words(Needle),
-    "needle-multikey": _words(Needle, keys=4),
-    "needle-multivalue": _words(Needle, values=4),
-    "needle-multiquery": _words(Needle, keys=4, queries=4),
-    "variable-tracking": _words(VariableTracking),
-    "common-words": _words(CommonWords),
-    "frequent-words": _words(FrequentWords),
+    **{name: _words(kind, **settings) for name, (kind, settings) in RULER.items()},
     "facts": _words(Facts),
     "mqar": _pairs,
 }
-"""What each test asks. All but `mqar`, whose pairs are given, are as long as the size says."""
+"""What each test asks: RULER's by their names there. `mqar`, whose pairs are given, is as long as they are."""
 
-AXES = {"needle": "windows ago", "variable": "hops", "common": "windows", "frequent": "windows", "facts": "facts"}
+AXES = {"niah": "windows ago", "vt": "hops", "cwe": "windows", "fwe": "windows", "facts": "facts", "mqar": "pairs"}
 TASKS: Mapping[str, type[Task]] = {
     "gsm_infinite": GSMInfinite,
     "rule110": Rule110,
@@ -85,7 +66,7 @@ TASKS: Mapping[str, type[Task]] = {
 
 def axis(test: str) -> str:
     """What the difficulty of a test counts."""
-    return "pairs" if test == "mqar" else AXES.get(test.split("-")[0], "difficulty")
+    return AXES.get(test.split("_")[0], "difficulty")
 
 
 @dataclass(frozen=True)
@@ -159,7 +140,7 @@ def make_task(test: str, settings: Mapping[str, Any], size: Size | None = None) 
     Raises:
         ValueError: settings that it does not have, or that cannot work.
     """
-    kind = TASKS[test]
+    kind: Any = TASKS[test]
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := settings.keys() - known:
         raise ValueError(
