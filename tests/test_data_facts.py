@@ -171,10 +171,11 @@ def test_answers_and_what_they_take_follow_from_the_text(
     check_possible(acts)
     assert len(told) == windows
     assert len(acts) == facts
-    assert (asked[0], row["kind"], row["difficulty"]) == (kind, kind, SUPPORTING[kind])
+    assert (asked[0], row["mode"], row["difficulty"]) == (kind, kind, SUPPORTING[kind])
     assert row["answer"] == row["references"] == [solve(acts, asked)]
     said = [label for label in row["labels"] if label != -100]
     assert tokenizer.decode(said) == f" {row['answer'][0]}{tokenizer.eos_token}"
+    assert len(said) <= task.new_tokens
     needed = supports(acts, asked)
     assert len(needed) == row["difficulty"]
     assert solve([acts[i] for i in sorted(needed)], asked) == row["answer"][0]
@@ -232,7 +233,7 @@ def test_chance_is_what_a_guess_scores(tokenizer, kind):
 
 def test_kinds_are_drawn_alike(tokenizer):
     task = Facts(tokenizer, windows=1, window_size=900, facts=8, rooms=5)
-    counts = Counter(row["kind"] for row in task.rows(0, "train", range(500)))
+    counts = Counter(row["mode"] for row in task.rows(0, "train", range(500)))
     assert set(counts) == set(KINDS)
     assert all(70 < count < 130 for count in counts.values())
     assert task.difficulties == (1, 2, 3, 4)
@@ -240,7 +241,7 @@ def test_kinds_are_drawn_alike(tokenizer):
     assert (task.chance(1, "one"), task.chance(1, "yes_no")) == (1 / 5, 1 / 2)
     few = Facts(tokenizer, windows=1, window_size=900, facts=8, kinds=("three", "one"))
     assert few.difficulties == (1, 3)
-    assert {row["kind"] for row in few.rows(0, "train", range(40))} == {"three", "one"}
+    assert {row["mode"] for row in few.rows(0, "train", range(40))} == {"three", "one"}
 
 
 def test_yes_and_no_are_about_the_rooms_in_which_the_person_was_last(tokenizer):
@@ -282,7 +283,7 @@ def test_rows(tokenizer):
     rows = task.rows(3, "train", range(5))
     assert list(task.dataset(5, 3)) == list(task.stream(3).take(5)) == rows
     assert task.rows(3, "test", range(5)) != rows
-    text = [[tokenizer.decode(row["input_ids"]), row["kind"], row["answer"]] for row in rows]
+    text = [[tokenizer.decode(row["input_ids"]), row["mode"], row["answer"]] for row in rows]
     assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "df296321646fc8e2"
     row = rows[0]
     perfect = [*row["labels"][1:], 0]
@@ -346,5 +347,5 @@ def test_chances_of_what_is_not_asked_are_refused(tokenizer):
     task = Facts(tokenizer, window_size=1000, kinds=("one", "two"))
     with pytest.raises(ValueError, match=r"difficulty=3 cannot work: it must be one of \(1, 2\)"):
         task.chance(3)
-    with pytest.raises(ValueError, match=r"kind='two' cannot work: it must be one of \('one',\), or None"):
+    with pytest.raises(ValueError, match=r"mode='two' cannot work: it must be one of \('one',\), or None"):
         task.chance(1, "two")

@@ -45,7 +45,7 @@ class Facts(LongText):
     - `"yes_no"`: whether a person is in a room, that or the one where the person was before. By the last move.
     - `"counting"`: how many things a person carries, none to four. By the four times that this changed.
 
-    `difficulty` is the number of these supporting facts, `kind` the kind, and `choices` the words that might be the
+    `difficulty` is the number of these supporting facts, `mode` the kind, and `choices` the words that might be the
     answer. Where supporting facts stand is drawn first, and nothing that is told later changes the answer. So they are
     anywhere in the text, and not mostly at its end. How often a room is named says nothing about the answer.
 
@@ -67,8 +67,6 @@ class Facts(LongText):
     Source: our own, with the kinds of questions of tasks 1, 2, 3, 6 and 7 of Weston et al. 2015 (arXiv 1502.05698),
     told in a long text and judged as in Kuratov et al. 2024, BABILong (arXiv 2406.10149).
     """
-
-    new_tokens = 16
 
     kinds: tuple[str, ...] = KINDS
     facts: int = 24
@@ -94,7 +92,7 @@ class Facts(LongText):
     def difficulties(self) -> tuple[int, ...]:
         return tuple(sorted({SUPPORTS[kind] for kind in self.kinds}))
 
-    def chance(self, difficulty: int, kind: str | None = None) -> float:
+    def chance(self, difficulty: int, mode: str | None = None) -> float:
         """Share of right guesses among the words that may be the answer; by default the mean of a difficulty's kinds.
 
         They are the rooms of the text for kinds one and two, all but the one that is asked about for three, yes and no,
@@ -102,10 +100,14 @@ class Facts(LongText):
         """
         self._check("difficulty", difficulty, difficulty in self.difficulties, f"one of {self.difficulties}")
         kinds = tuple(each for each in self.kinds if SUPPORTS[each] == difficulty)
-        self._check("kind", kind, kind in (None, *kinds), f"one of {kinds}, or None")
+        self._check("mode", mode, mode in (None, *kinds), f"one of {kinds}, or None")
         choices = {"one": self.rooms, "two": self.rooms, "three": self.rooms - 1, "yes_no": 2, "counting": 5}
-        asked = kinds if kind is None else (kind,)
+        asked = kinds if mode is None else (mode,)
         return sum(1 / choices[each] for each in asked) / len(asked)
+
+    @property
+    def new_tokens(self) -> int:
+        return 16
 
     def judge(self, said: str, row: Row) -> list[bool]:
         """Whether the first sentence of `said` has the answer and no other of the row's choices.
@@ -129,7 +131,7 @@ class Facts(LongText):
             question=question.text,
             answers=[question.answer],
             difficulty=SUPPORTS[kind],
-            fields={"kind": kind, "choices": list(question.choices)},
+            fields={"mode": kind, "choices": list(question.choices)},
         )
 
     def _cuts(self, rng: random.Random) -> list[int]:
