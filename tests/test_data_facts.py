@@ -32,7 +32,7 @@ ASKED = {
     "two": r"Where is the (\w+) now\?\nAnswer: The \w+ is in the",
     "three": r"Where was the (\w+) before it was in the (\w+)\?\nAnswer: Before that, the \w+ was in the",
     "yes_no": r"Is (\w+) in the (\w+) now, yes or no\?\nAnswer:",
-    "counting": r"How many things does (\w+) carry now: none, one, two, three or four\?\nAnswer:",
+    "counting": r"How many things does (\w+) carry now: none, one, two, three or four\?\nAnswer: The number is",
 }
 
 
@@ -284,7 +284,7 @@ def test_rows(tokenizer):
     assert list(task.dataset(5, 3)) == list(task.stream(3).take(5)) == rows
     assert task.rows(3, "test", range(5)) != rows
     text = [[tokenizer.decode(row["input_ids"]), row["mode"], row["answer"]] for row in rows]
-    assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "df296321646fc8e2"
+    assert hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16] == "10bf2b92f51a37df"
     row = rows[0]
     perfect = [*row["labels"][1:], 0]
     assert task.score(perfect, row) == [(row["difficulty"], True)]
@@ -310,6 +310,14 @@ def test_rows(tokenizer):
 def test_an_answer_has_the_word_and_no_other(tokenizer, said, right):
     task = Facts(tokenizer, window_size=1000)
     assert task.judge(said, {"choices": ["attic", "cellar"], "references": ["cellar"]}) == [right]
+
+
+def test_a_digit_is_a_number(tokenizer):
+    task = Facts(tokenizer, window_size=1000)
+    row = {"choices": list(NUMBERS), "references": ["two"]}
+    judged = [task.judge(said, row) for said in (" two", " 2.", "It is 2 things", " 12", " 3", " 0", " 2 or three")]
+    assert judged == [[True], [True], [True], [False], [False], [False], [False]]
+    assert task.judge("0", row | {"references": ["none"]}) == [True]
 
 
 @pytest.mark.parametrize(

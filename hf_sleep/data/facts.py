@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import count, pairwise
 
 from .long_text import LongText, Told
-from .stories import PEOPLE, QUESTIONS, ROOMS, SUPPORTS, THINGS, WORDING, Act, Story, ask, sentence, tell
+from .stories import NUMBERS, PEOPLE, QUESTIONS, ROOMS, SUPPORTS, THINGS, WORDING, Act, Story, ask, sentence, tell
 from .task import Row
 
 KINDS = tuple(SUPPORTS)
@@ -112,10 +112,13 @@ class Facts(LongText):
     def judge(self, said: str, row: Row) -> list[bool]:
         """Whether the first sentence of `said` has the answer and no other of the row's choices.
 
+        A digit is a number too.
+
         Source: Kuratov et al. 2024, BABILong (arXiv 2406.10149), its comparison of answers.
         """
         first = re.split(r"[.!?\n]", said.strip(), maxsplit=1)[0]
-        words = set(re.findall(r"\w+", first.lower()))
+        digits = {str(number): word for number, word in enumerate(NUMBERS)}
+        words = {digits.get(word, word) for word in re.findall(r"\w+", first.lower())}
         return [words & set(row["choices"]) == set(row["references"])]
 
     def _tell(self, rng: random.Random) -> Told:

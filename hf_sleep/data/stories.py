@@ -31,7 +31,7 @@ QUESTIONS = {
     "two": ("Where is the {thing} now?", " The {thing} is in the"),
     "three": ("Where was the {thing} before it was in the {room}?", " Before that, the {thing} was in the"),
     "yes_no": ("Is {who} in the {room} now, yes or no?", ""),
-    "counting": ("How many things does {who} carry now: none, one, two, three or four?", ""),
+    "counting": ("How many things does {who} carry now: none, one, two, three or four?", " The number is"),
 }
 TRIES = 100
 
