@@ -9,7 +9,7 @@ from families import FAMILIES, make_base, make_model, sleep_config, tokens
 from helpers import EVICTIONS, word_tokenizer, words
 
 from hf_sleep import SleepForCausalLM
-from hf_sleep.data import LongText
+from hf_sleep.data import MQAR, LongText
 from hf_sleep.data.long_text import Told
 from hf_sleep.eval import PositionLosses, answers, judge, loss_by_position, measure
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
@@ -135,6 +135,21 @@ def test_what_is_said_counts_up_to_the_end_of_the_text_and_alone(asked):
         said = said[: said.index(9)] if 9 in said else said
         text = task.tokenizer.decode(said)
         assert answers_of_row == [(1, reference in text) for reference in row["references"]]
+
+
+def test_where_there_are_choices_the_likeliest_of_them_counts():
+    task = MQAR(pairs=4, vocab_size=60, first_id=10, window_size=L)
+    model, rows = make_model("llama", settings("llama"), torch.double), task.rows(0, "test", range(20))
+    found = judge(model, task, rows, 7)
+    for row, right in zip(rows, found, strict=True):
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "sleep_after")}
+        with torch.no_grad():
+            logits = model(**batch).logits[0]
+        asked = [i for i, label in enumerate(row["labels"]) if label != -100]
+        said = [max(row["choices"], key=lambda token: logits[i - 1, token].item()) for i in asked]  # noqa: B023
+        assert right == [(4, token == row["labels"][i]) for i, token in zip(asked, said, strict=True)]
+    exact = judge(model, task, [{k: v for k, v in row.items() if k != "choices"} for row in rows], 7)
+    assert sum(r for row in found for _, r in row) > sum(r for row in exact for _, r in row)
 
 
 def test_every_control_is_measured(asked):

@@ -61,7 +61,8 @@ def judge(model: SleepForCausalLM, task: Task, rows: Sequence[Row], batch_size: 
     """Judge a model's answers: of a `LongText` what it generates, of another task the likeliest tokens.
 
     There an answer is right where each of its tokens has the largest logit after those before it: then, and only then,
-    greedy generation says the same. Rows do not depend on the others of their batch.
+    greedy generation says the same. Where rows have `choices`, ids of tokens, the largest among these. Rows do not
+    depend on the others of their batch.
     """
     judge_some = _said if isinstance(task, LongText) else _predicted
     found: Judged = []
@@ -72,9 +73,16 @@ def judge(model: SleepForCausalLM, task: Task, rows: Sequence[Row], batch_size: 
 
 def _predicted(model: SleepForCausalLM, task: Task, rows: Sequence[Row]) -> Judged:
     keep = max(len(row["labels"]) - first_answer(row) + 1 for row in rows)
-    said = model(**batch_of(model, rows), use_cache=False, logits_to_keep=keep).logits.argmax(-1).tolist()
-    width = [len(row["labels"]) for row in rows]
-    return [task.score(([0] * n + ids)[-n:], row) for n, ids, row in zip(width, said, rows, strict=True)]
+    logits = model(**batch_of(model, rows), use_cache=False, logits_to_keep=keep).logits
+    found = []
+    for row, mine in zip(rows, logits, strict=True):
+        said = mine.argmax(-1)
+        if "choices" in row:
+            choices = torch.tensor(row["choices"], device=mine.device)
+            said = choices[mine[:, choices].argmax(-1)]
+        length = len(row["labels"])
+        found.append(task.score(([0] * length + said.tolist())[-length:], row))
+    return found
 
 
 def _said(model: SleepForCausalLM, task: Any, rows: Sequence[Row]) -> Judged:
