@@ -146,7 +146,7 @@ def test_where_there_are_choices_the_likeliest_of_them_counts():
         with torch.no_grad():
             logits = model(**batch).logits[0]
         asked = [i for i, label in enumerate(row["labels"]) if label != -100]
-        said = [max(row["choices"], key=lambda token: logits[i - 1, token].item()) for i in asked]  # noqa: B023
+        said = [max(row["choices"], key=lambda token: logits[i - 1, token].item()) for i in asked]
         assert right == [(4, token == row["labels"][i]) for i, token in zip(asked, said, strict=True)]
     exact = judge(model, task, [{k: v for k, v in row.items() if k != "choices"} for row in rows], 7)
     assert sum(r for row in found for _, r in row) > sum(r for row in exact for _, r in row)
