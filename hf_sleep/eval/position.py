@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cache import SleepCache
+from ..info import most_passes
 from ..memory import FastWeights, Memory
 from ..modeling import SleepForCausalLM
 
@@ -85,15 +86,27 @@ def loss_by_position(
     Raises:
         ValueError: rows that a full context cannot read, or that are no longer than a window.
     """
-    size, passes = model.config.sleep.window_size, tuple(sleep_passes) or (model.config.sleep.sleep_passes,)
+    found = losses_asleep(model, ids, sleep_passes, batch_size) | losses_of_base(model, ids, batch_size)
+    return PositionLosses(model.config.sleep.window_size, found)
+
+
+def losses_asleep(
+    model: SleepForCausalLM, ids: torch.Tensor, sleep_passes: Sequence[int] = (), batch_size: int = 1
+) -> dict[str, torch.Tensor]:
+    """The part of `loss_by_position` that changes as the blocks learn: at each N, and with the memory zeroed."""
+    passes = tuple(sleep_passes) or (most_passes(model.config.sleep),)
+    check_rows(model, ids)
+    found = {asleep(n): _losses(model, ids, n, batch_size) for n in passes}
+    return found | {ZEROED: _losses(model, ids, passes[-1], batch_size, forgets=True)}
+
+
+def losses_of_base(model: SleepForCausalLM, ids: torch.Tensor, batch_size: int = 1) -> dict[str, torch.Tensor]:
+    """The part of `loss_by_position` that a model's base alone makes: its window alone, and its full context."""
     check_rows(model, ids)
     base = SleepForCausalLM.from_base(model.lm, model.config.sleep, model.config.probed).eval()
-    found = {asleep(n): _losses(model, ids, n, batch_size) for n in passes}
-    found[ZEROED] = _losses(model, ids, passes[-1], batch_size, forgets=True)
-    found[WINDOW] = _losses(base, ids, 1, batch_size, forgets=True)
+    window = _losses(base, ids, 1, batch_size, forgets=True)
     with base.sleeping(window_size=ids.shape[1]):
-        found[FULL] = _losses(base, ids, 1, batch_size, chunk=size)
-    return PositionLosses(size, found)
+        return {WINDOW: window, FULL: _losses(base, ids, 1, batch_size, chunk=model.config.sleep.window_size)}
 
 
 def check_rows(model: SleepForCausalLM, ids: torch.Tensor) -> None:

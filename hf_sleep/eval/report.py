@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Score
-from .position import FULL, WINDOW, PositionLosses
+from .position import FULL, WINDOW, ZEROED, PositionLosses
 
 NAMES = {
     "last_window": "last window alone",
     "full": "full context",
     "same_bytes": "base, KV of as many bytes",
 }
+
+STYLES = {ZEROED: ":", WINDOW: "--", FULL: "k-"}
+"""How controls are drawn, which may lie on each other."""
 
 
 def by_difficulty(scores: Sequence[Score], reads: str = "all") -> list[Score]:
@@ -79,34 +82,30 @@ def plot_positions(found: PositionLosses, path: Path) -> None:
     for reads, losses in found.losses.items():
         parts = losses.split(step, dim=1)
         x = [(i * step + part.shape[1] / 2) / found.window_size for i, part in enumerate(parts)]
-        axes.plot(x, [part.mean().item() for part in parts], label=reads)
+        axes.plot(x, [part.mean().item() for part in parts], STYLES.get(reads, "-"), label=reads)
     axes.set(xlabel=f"position in windows of {found.window_size} tokens", ylabel="next-token loss in nats")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def plot_scores(
-    lines: Mapping[str, Sequence[Score]], difficulty: str, path: Path, mark: tuple[float, str] | None = None
-) -> None:
+def plot_scores(lines: Mapping[str, Sequence[Score]], difficulty: str, path: Path) -> None:
     """Draw accuracy by difficulty, a line for each label, and chance.
 
     Args:
         lines: as `lines_of` makes them.
         difficulty: name of the horizontal axis.
         path: a file that matplotlib can write.
-        mark: a place on that axis, and what stands there.
 
     Raises:
         ImportError: without matplotlib.
     """
     figure, axes = _figure()
     for label, scores in lines.items():
-        axes.plot([s["difficulty"] for s in scores], [s["accuracy"] for s in scores], marker="o", label=label)
+        style = {"linestyle": "--" if label in NAMES.values() else "-", "marker": "o"}
+        axes.plot([s["difficulty"] for s in scores], [s["accuracy"] for s in scores], label=label, **style)
     first = next(iter(lines.values()))
     x = [score["difficulty"] for score in first]
     axes.plot(x, [score["chance"] for score in first], "k:", label="chance")
-    if mark is not None:
-        axes.axvline(mark[0], color="grey", linestyle="--", label=mark[1])
     is_wide = len(x) > 1 and min(x) > 0 and max(x) / min(x) > 16
     axes.set(xlabel=difficulty, ylabel="accuracy", ylim=(-0.02, 1.02), xscale="log" if is_wide else "linear")
     axes.set_xticks(x, [str(value) for value in x])
