@@ -292,7 +292,7 @@ def test_weights_have_a_mean_of_one_in_every_row(side, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_accumulated_batches_are_one_batch(checkpointing, tmp_path):
     settings, after = Distillation(share=0.4, top_k=6, recurring_weight=3.0, recurring_tokens=1), []
-    for size in (4, 2, 1):
+    for size in (4, 1):
         model = tiny(dtype=torch.float32, sleep_passes=2)
         fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 2}
         trainer = trainer_of(tmp_path, model, settings, **fields, **{CHECKPOINTING: checkpointing})
