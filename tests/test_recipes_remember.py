@@ -208,11 +208,11 @@ def test_texts_come_from_files_folders_and_datasets(recipe, notes, tmp_path):
 def test_a_base_learns_from_a_folder_and_everything_is_written_down(recipe, base, notes, tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--model", base, "--text", str(notes), *QUICK, "--steps", "30", "--output", str(folder)]
-    options += ["--distill", "0.2", "--learning-rate", "1e-2"]  # its teacher knows nothing
+    options += ["--distill", "0.2", "--muon-learning-rate", "5e-2"]  # its teacher knows nothing
     results = recipe("remember").main(options)
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["before"].keys() == results["after"].keys() == {"text_loss", "asked_loss"}
-    assert results["after"]["text_loss"] < 0.9 * results["before"]["text_loss"]
+    assert results["after"]["text_loss"] < 0.95 * results["before"]["text_loss"]
     judged = [line["step"] for line in lines(folder) if "eval_text_loss" in line]
     assert judged == [0, 15, 30]
     assert [line["step"] for line in lines(folder) if "loss" in line] == list(range(1, 31))
@@ -255,7 +255,7 @@ def test_a_run_in_parts_ends_as_one_in_one_piece(how, recipe, base, notes, tmp_p
 def test_a_dataset_passed_states_and_sleeps_at_ends(recipe, base, tmp_path):
     Dataset.from_dict({"body": ["".join(SENTENCES[i : i + 5]) for i in range(0, 300, 5)]}).to_json(tmp_path / "r.jsonl")
     options = ["--model", base, "--dataset", str(tmp_path / "r.jsonl"), "--column", "body", *QUICK]
-    options += ["--evaluations", "1", "--steps", "2", "--eval-rows", "1"]
+    options += ["--evaluations", "1", "--eval-rows", "1"]
     losses = {}
     for more in ("", "--sleep-at-ends", "--pass-states 1", "--distill 0", "--recurring-weight 9", "--reconstruct 0"):
         folder = tmp_path / (more.replace(" ", "") or "plain")
