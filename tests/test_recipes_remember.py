@@ -252,12 +252,13 @@ def test_a_run_in_parts_ends_as_one_in_one_piece(how, recipe, base, notes, tmp_p
     assert model.config.sleep.between == ("none" if how == "--whole-model" else "gate")
 
 
-def test_a_dataset_passed_states_and_sleeps_at_ends(recipe, base, tmp_path):
+def test_every_option_of_a_row_and_of_the_loss_counts(recipe, base, tmp_path):
     Dataset.from_dict({"body": ["".join(SENTENCES[i : i + 5]) for i in range(0, 300, 5)]}).to_json(tmp_path / "r.jsonl")
     options = ["--model", base, "--dataset", str(tmp_path / "r.jsonl"), "--column", "body", *QUICK]
     options += ["--evaluations", "1", "--eval-rows", "1"]
     losses = {}
-    for more in ("", "--sleep-at-ends", "--pass-states 1", "--distill 0", "--recurring-weight 9", "--reconstruct 0"):
+    arms = ["", "--sleep-at-ends", "--pass-states 1", "--distill 0", "--recurring-weight 9", "--recurring-tokens 1"]
+    for more in [*arms, "--reconstruct 0", "--most-tokens 6000", "--windows 3"]:
         folder = tmp_path / (more.replace(" ", "") or "plain")
         recipe("remember").main([*options, *more.split(), "--output", str(folder)])
         losses[more] = tuple(line["loss"] for line in lines(folder) if "loss" in line)
