@@ -78,7 +78,7 @@ class Arguments(Retrofit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.windows != sorted(self.windows) or not self.windows or self.windows[0] < 1:
+        if self.windows != sorted({*self.windows}) or not self.windows or self.windows[0] < 1:
             raise ValueError(f"--windows {' '.join(map(str, self.windows))}: they must be at least 1, and rise")
         if len(self.windows) > self.steps:
             raise ValueError(f"--windows has {len(self.windows)} stages: there must be as many --steps at least")

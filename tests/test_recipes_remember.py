@@ -269,6 +269,7 @@ def test_every_option_of_a_row_and_of_the_loss_counts(recipe, base, tmp_path):
     ("arguments", "message"),
     [
         ("--windows 4 2", "--windows 4 2: they must be at least 1, and rise"),
+        ("--windows 2 2", "--windows 2 2: they must be at least 1, and rise"),
         ("--windows 1 2 3 4 5 6 7 8", "--windows has 8 stages"),
         ("--lora 2 --whole-model", "--lora with --whole-model or --push-to-hub"),
         ("--evaluations 0", "--evaluations 0: it must be at least 1"),

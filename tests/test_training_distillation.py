@@ -319,6 +319,25 @@ def cut(row):
     return {name: values[: 2 * L] for name, values in row.items()}
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_the_loss_is_made_of_is_logged(checkpointing, tmp_path):
+    """Over everything since the last log, whatever the weights are."""
+    model, base = freeze(tiny()), make_base("llama", torch.float64)
+    settings = Distillation(share=0.3, top_k=5, recurring_weight=3.0, recurring_tokens=1)
+    entropy, apart = (naive(model, base, ROWS, Distillation(share=share, top_k=5)).item() for share in (0.0, 1.0))
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-9}
+    trainer = trainer_of(
+        tmp_path, model, settings, max_steps=2, logging_steps=2, **fields, **{CHECKPOINTING: checkpointing}
+    )
+    trainer.train()
+    assert logged(trainer, "cross_entropy") == [pytest.approx(entropy, rel=1e-5)]
+    assert logged(trainer, "divergence") == [pytest.approx(apart, rel=1e-5)]
+    alone = trainer_of(tmp_path, freeze(tiny()), Distillation(share=0.0), **fields)
+    alone.train()
+    assert logged(alone, "cross_entropy") == [pytest.approx(entropy, rel=1e-5)]
+    assert not logged(alone, "divergence")
+
+
 @pytest.mark.parametrize("made", ["blocks", "adapter", "whole"])
 def test_it_trains_and_evaluation_is_cross_entropy(made, tmp_path):
     model = tiny(dtype=torch.float32)
@@ -327,7 +346,7 @@ def test_it_trains_and_evaluation_is_cross_entropy(made, tmp_path):
     if made == "adapter":
         model = get_peft_model(model, sleep_lora_config(model, r=2))
     twin = copy.deepcopy(model)
-    trainer = trainer_of(tmp_path, model, Distillation(share=1.0), max_steps=12, eval_on_start=True)
+    trainer = trainer_of(tmp_path, model, Distillation(share=1.0), max_steps=8, eval_on_start=True)
     trainer.train()
     losses = logged(trainer)
     assert losses[-1] < 0.7 * losses[0]

@@ -52,11 +52,12 @@ def distilling(soft, weights, seen=None):
 def naive(model, batch, soft, weights):
     """The same from all logits, token by token; the mean over the targets, and which these are."""
     logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=False).logits
+    log_ps = logits.log_softmax(-1)
     total, places = 0.0, []
     for r, c in (batch["attention_mask"][:, :-1] * batch["attention_mask"][:, 1:]).nonzero().tolist():
         target = batch["labels"][r, c + 1].item()
         if target != -100:
-            log_p = logits[r, c].log_softmax(-1)
+            log_p = log_ps[r, c]
             total = total + weights[r, c] * (-log_p[target] - (soft[r, c] * log_p).sum())
             places.append((r, c, target))
     return total / len(places), places

@@ -188,7 +188,9 @@ class DistillationTrainer(SleepTrainer):
     """`SleepTrainer` whose loss in training is a `Distillation`; evaluation is next-token cross-entropy as ever.
 
     The teacher reads every batch as the student does, after `WindowsCurriculum` has cut it, and says something at each
-    target. Rows that begin with other rows' fast weights (`pass_states`) begin with nothing for the teacher.
+    target. Rows that begin with other rows' fast weights (`pass_states`) begin with nothing for the teacher. Beside the
+    loss it logs what that is made of, without weights: `cross_entropy` and, with a teacher, `divergence`, in nats per
+    target, the means over all that was read since the last log.
 
     Args:
         distillation: the loss.
@@ -210,6 +212,7 @@ class DistillationTrainer(SleepTrainer):
             settings = self.distillation.top_k, self.distillation.chunk_tokens
             teacher = Teacher(self.model, *settings, copied=True if self.is_fsdp_enabled else None)
         self.teacher = teacher
+        self._sums: list[torch.Tensor] = []
         if teacher is not None and teacher.is_copy:
             teacher.lm.to(self.args.device)
 
@@ -234,12 +237,32 @@ class DistillationTrainer(SleepTrainer):
             logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
         ) -> torch.Tensor:
             log_z = logits.logsumexp(-1)
-            each = log_z - logits.gather(-1, targets[:, None])[:, 0]
+            entropy = log_z - logits.gather(-1, targets[:, None])[:, 0]
+            apart = torch.zeros_like(entropy)
             if said is not None:
-                each = (1 - share) * each + share * said.divergence(logits, log_z, rows, columns)
+                apart = said.divergence(logits, log_z, rows, columns)
+            # With checkpointing every window counts twice, so their means are the same.
+            parts = entropy.detach(), apart.detach(), torch.ones_like(entropy)
+            self._sums.append(torch.stack(parts).sum(1).float().to(self.args.device))
+            each = (1 - share) * entropy + share * apart
             return (each if weights is None else weights[rows, columns] * each).sum()
 
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._means()}
+        super().log(logs, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        """What the loss was made of since this was last asked, over all ranks."""
+        sums = torch.stack([torch.zeros(3, device=self.args.device), *self._sums]).sum(0)
+        self._sums.clear()
+        entropy, apart, count = self.accelerator.reduce(sums, "sum").tolist()
+        if not count:
+            return {}
+        means = {"cross_entropy": entropy / count, "divergence": apart / count}
+        return means if self.distillation.share else {"cross_entropy": means["cross_entropy"]}
 
     def _weights(self, ids: torch.Tensor, mask: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor | None:
         """Weights `[B, T]`, each at the column that predicts the token; `None` where all are 1."""

@@ -100,19 +100,19 @@ class RunFolder(TrainerCallback):
         return self._write(figure, "accuracy.png")
 
     def plot_losses(self) -> Path:
-        """Every loss in metrics.jsonl by step: that of training, thin, and those that were evaluated."""
+        """What a `DistillationTrainer` logs, by step, thin, and the losses that were evaluated."""
         losses: dict[str, dict[int, float]] = {}
         for row in map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines()):
             for name in row:
-                if name == "loss" or (name.startswith("eval_") and name.endswith("loss")):
+                if name in ("cross_entropy", "divergence") or (name.startswith("eval_") and name.endswith("_loss")):
                     losses.setdefault(name, {})[row["step"]] = row[name]
         figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
         for name, by_step in losses.items():
-            steps = sorted(by_step)
-            style = {"linewidth": 0.8} if name == "loss" else {"marker": "o"}
-            label = "in training" if name == "loss" else name.removeprefix("eval_").replace("_", " ") + ", held out"
+            steps, held_out = sorted(by_step), name.startswith("eval_")
+            label = name.removeprefix("eval_").replace("_", " ") + (", held out" if held_out else ", in training")
+            style = {"marker": "o"} if held_out else {"linewidth": 0.8}
             axes.plot(steps, [by_step[step] for step in steps], label=label, **style)
-        axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
+        axes.set(xlabel="optimizer steps", ylabel="nats per token")
         axes.legend(fontsize=8)
         return self._write(figure, "loss.png")
 
