@@ -115,7 +115,9 @@ class Judge(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            is_due = control.should_log
             self._report(state)
+            control.should_log = is_due  # what is logged here says that the step's own log is over
 
     def _report(self, state: Any) -> None:
         measured = self.measure()

@@ -258,7 +258,7 @@ def test_every_option_of_a_row_and_of_the_loss_counts(recipe, base, tmp_path):
     options += ["--evaluations", "1", "--eval-rows", "1"]
     losses = {}
     arms = ["", "--sleep-at-ends", "--pass-states 1", "--distill 0", "--recurring-weight 9", "--recurring-tokens 1"]
-    for more in [*arms, "--reconstruct 0", "--most-tokens 6000", "--windows 3"]:
+    for more in [*arms, "--reconstruct 0", "--most-tokens 6000"]:
         folder = tmp_path / (more.replace(" ", "") or "plain")
         recipe("remember").main([*options, *more.split(), "--output", str(folder)])
         losses[more] = tuple(line["loss"] for line in lines(folder) if "loss" in line)
