@@ -36,6 +36,8 @@ from hf_sleep import sleep_lora_config
 from hf_sleep.data import Text, TextRows
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
+from hf_sleep.labels import IGNORED
+from hf_sleep.lora import without_wrapper
 from hf_sleep.training import Distillation, DistillationTrainer, NonFiniteGuard, SleepCollator, SpikeGuard
 
 RATES = {False: (1e-2, 1e-3), True: (1e-3, 5e-5)}
@@ -137,12 +139,15 @@ class Judge(TrainerCallback):
     def _loss(self, model: Any, rows: list[dict[str, Any]]) -> float:
         """Mean loss over the labels of `rows`, in nats."""
         total, count, size = 0.0, 0, self.options.batch_size
+        # As in training it makes logits a window at a time, for the loss alone; its layers stay as in evaluation.
+        without_wrapper(model).training = True
         for first in range(0, len(rows), size):
             batch = {name: t.to(model.device) for name, t in SleepCollator()(rows[first : first + size]).items()}
-            labels = int((batch["labels"] != -100).sum())
+            labels = int((batch["labels"] != IGNORED).sum())
             with self.trainer.accelerator.autocast():
                 total += model(**batch, use_cache=False).loss.item() * labels
             count += labels
+        without_wrapper(model).training = False
         return total / count
 
 

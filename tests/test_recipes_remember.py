@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from hf_sleep import AutoModelForSleepLM
 from hf_sleep.data import Text, TextRows
 from hf_sleep.data.text import AFTER, BEFORE
+from hf_sleep.training import SleepCollator
 
 ROOT = Path(__file__).parents[1]
 L = 40
@@ -208,7 +209,7 @@ def test_texts_come_from_files_folders_and_datasets(recipe, notes, tmp_path):
 def test_a_base_learns_from_a_folder_and_everything_is_written_down(recipe, base, notes, tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--model", base, "--text", str(notes), *QUICK, "--steps", "30", "--output", str(folder)]
-    options += ["--distill", "0.2", "--muon-learning-rate", "5e-2"]  # its teacher knows nothing
+    options += ["--no-bf16", "--distill", "0.2", "--muon-learning-rate", "5e-2"]  # its teacher knows nothing
     results = recipe("remember").main(options)
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["before"].keys() == results["after"].keys() == {"text_loss", "asked_loss"}
@@ -221,6 +222,14 @@ def test_a_base_learns_from_a_folder_and_everything_is_written_down(recipe, base
     model, lm = AutoModelForSleepLM.from_pretrained(folder / "model"), LlamaForCausalLM.from_pretrained(base)
     assert (model.config.sleep.window_size, model.config.sleep.sleep_passes) == (L, 1)
     assert all(torch.equal(model.lm.get_parameter(name), parameter) for name, parameter in lm.named_parameters())
+    held_out = Text.of(recipe("shared.texts").documents([notes], None, "text", "train"), byte_tokenizer()).held_out()[1]
+    rows = recipe("remember").held_out_rows(recipe("remember").parse_arguments(options), held_out, byte_tokenizer())
+    for name, some in rows.items():
+        assert len(some) == 2
+        batch = SleepCollator()(some)
+        with torch.no_grad():
+            loss = model.eval()(**batch).loss.item()
+        assert results["after"][f"{name}_loss"] == pytest.approx(loss, rel=1e-5)
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "30 steps of 4 rows of up to 3 windows" in card
     assert str(notes) in card
