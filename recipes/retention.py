@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import make_task, trained_on
 from shared.arguments import argument, parse
 from shared.run_folder import RunFolder
 
 from hf_sleep import SleepCache, SleepForCausalLM
 from hf_sleep.data import KHop
+from hf_sleep.eval.suite import make_task, trained_on
 from hf_sleep.files import write_file
 
 KINDS = ("fill", "edges")
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     settings = trained_on(options.model)
     if settings.pop("task", None) != "KHop":
         raise SystemExit(f"{options.model} has no task.json of k-hop: give a checkpoint of train_khop.py")
-    task = make_task("khop", settings, options.model, None)
+    task = make_task("khop", settings)
     run = RunFolder(options.output, vars(options))
     model = SleepForCausalLM.from_pretrained(options.model).eval()
     scores = []

@@ -1,4 +1,4 @@
-"""The recipes that fine-tune on GSM-Infinite and that evaluate any checkpoint, run on tiny models."""
+"""The recipes that fine-tune on GSM-Infinite, run on tiny models."""
 
 import json
 import os
@@ -6,23 +6,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from families import make_base, make_model, sleep_config
+from families import make_base
 from helpers import save_tiny_llama
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM
-from hf_sleep.data import GSMInfinite, KHop
+from hf_sleep.cli import app
+from hf_sleep.data import GSMInfinite
 from hf_sleep.sleep import Sleeper
-from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--window-size", "40", "--ops", "1", "2", "--steps", "2", "--batch-size", "4", "--eval-problems", "8"]
@@ -219,11 +219,10 @@ def test_a_checkpoint_sleeps_as_it_was_trained_where_nothing_else_is_said(recipe
     monkeypatch.setattr(
         Sleeper, "sleep", lambda self, memory, rows, policy: slept.extend(rows) or sleep(self, memory, rows, policy)
     )
-    settings = ["--task-settings", '{"ops": [1, 2], "tokens": [0, 0]}', "--problems", "4"]
-    scores = recipe("evaluate").main(
-        [str(tmp_path / "asleep"), "gsm_infinite", *settings, "--output", str(tmp_path / "evaluated")]
-    )
-    assert {(score["L"], score["N"]) for score in scores} == {(30, 3)}
+    settings = ["--task-settings", '{"ops": [1, 2], "tokens": [0, 0]}', "--problems", "4", "--json"]
+    said = CliRunner().invoke(app, ["eval", str(tmp_path / "asleep"), "gsm_infinite", *settings])
+    found = json.loads(said.stdout)
+    assert (found["sleep"]["window_size"], found["N"]) == (30, [3])
     assert slept
     options = recipe("finetune_gsm").parse_arguments(["--model", str(tmp_path / "asleep"), "--sleep-passes", "2"])
     recipe("finetune_gsm").complete(options)
@@ -300,104 +299,3 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
     assert parse(["--preset", "paper-ouro", "--steps", "7", "--no-bf16"]).steps == 7
     assert not parse(["--preset", "paper-ouro", "--no-bf16"]).bf16
     assert parse([]).model == ".demo/SmolLM2-135M-Instruct"
-
-
-def test_a_trained_checkpoint_is_evaluated_at_every_n_and_l(recipe, tmp_path):
-    model = str(ROOT / "examples" / "khop" / "N3")
-    options = ["--sleep-passes", "1", "3", "--window-size", "7", "10", "--problems", "96", "--batch-size", "32"]
-    scores = recipe("evaluate").main([model, "khop", *options, "--output", str(tmp_path)])
-    assert scores == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    accuracy = {(score["L"], score["N"], score["difficulty"]): score["accuracy"] for score in scores}
-    assert accuracy.keys() == {(size, n, k) for size in (7, 10) for n in (1, 3) for k in (1, 2, 3, 4)}
-    assert all(score["chance"] == KHop(8).chance(score["difficulty"]) for score in scores)
-    for size, n in ((7, 1), (10, 3)):
-        assert sum(score["n"] for score in scores if (score["L"], score["N"]) == (size, n)) == 96 * 8
-    assert min(accuracy[10, 3, k] for k in (1, 2, 3, 4)) > 0.8
-    assert accuracy[10, 3, 3] > accuracy[10, 1, 3] + 0.2
-    assert accuracy[10, 3, 3] > accuracy[7, 3, 3] + 0.2
-    assert (tmp_path / "accuracy.png").stat().st_size > 5_000
-
-
-def test_a_checkpoint_carries_its_task(recipe, tmp_path, capsys):
-    task = KHop(num_nodes=5, hops=(1, 2), num_queries=3)
-    model = make_model("llama", sleep_config("llama", window_size=task.window_size, sleep_passes=2))
-    arguments = SleepTrainingArguments(tmp_path, use_cpu=True, report_to="none")
-    SleepTrainer(model, arguments, task=task).save_model(tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "task.json").read_text(encoding="utf-8")) == {
-        "task": "KHop", "num_nodes": 5, "hops": [1, 2], "num_queries": 3, "windows": 1, "cycles": 1
-    }  # fmt: skip
-
-    def evaluate(to, *options):
-        return recipe("evaluate").main(
-            [str(tmp_path / "model"), *options, "--problems", "4", "--output", str(tmp_path / to)]
-        )
-
-    scores = evaluate("same", "khop")
-    asked = Counter(k for row in task.dataset(4, seed=1, split="test") for k, _ in task.answers(row))
-    assert [(score["difficulty"], score["n"]) for score in scores] == sorted(asked.items())
-    assert "the checkpoint was trained" not in capsys.readouterr().out
-    assert {score["difficulty"] for score in evaluate("other", "khop", "--task-settings", '{"hops": [1]}')} == {1}
-    assert "trained with hops=[1, 2], and is evaluated with [1]" in capsys.readouterr().out
-    evaluate("another", "rule110")
-    assert "trained on KHop, and is evaluated on Rule110" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"KHop\(num_nodes=80.* knows 61: give the --task-settings"):
-        evaluate("more", "khop", "--task-settings", '{"num_nodes": 80}')
-
-
-def test_a_base_with_room_for_everything_is_the_base(recipe, base, tokenizer, tmp_path):
-    settings = {"ops": [1, 2], "tokens": [0, 0], "modes": ["reverse"]}
-    options = ["--task-settings", json.dumps(settings), "--problems", "6", "--window-size", "512", "30"]
-    scores = recipe("evaluate").main([base, "gsm_infinite", *options, "--output", str(tmp_path)])
-    task = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0), modes=("reverse",))
-    rows = task.dataset(6, seed=1, split="test")
-    assert {(score["L"], score["mode"], score["difficulty"]) for score in scores} == {
-        (size, "reverse", row["difficulty"]) for size in (512, 30) for row in rows
-    }
-    model, losses = LlamaForCausalLM.from_pretrained(base).eval(), []
-    for row in rows:
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-        losses += [model(input_ids=ids, labels=labels).loss.item()] * (labels != -100).sum().item()
-    whole, cut = (line["eval_loss"] for line in lines(tmp_path) if "eval_loss" in line)
-    assert whole == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert cut != pytest.approx(whole, rel=1e-5)
-    with pytest.raises(SystemExit, match="GSMInfinite has no field depth"):
-        recipe("evaluate").main([base, "gsm_infinite", "--task-settings", '{"depth": 2}', "--output", str(tmp_path)])
-
-
-def test_what_is_generated_is_counted_by_mode_and_operations(recipe, base, tokenizer, monkeypatch, tmp_path):
-    right = ("all_forward_1", "all_reverse_2", "last_window_reverse_2")
-
-    def say(model, rows, passes):
-        return [answer if level in right else [0] for level, _, answer in rows]
-
-    monkeypatch.setattr(GenerationEvaluation, "_generate", staticmethod(say))
-    settings = ["--task-settings", '{"ops": [1, 2], "tokens": [0, 0]}', "--problems", "40"]
-    scores = recipe("evaluate").main([base, "gsm_infinite", *settings, "--output", str(tmp_path)])
-    accuracy = {f"{s['reads']}_{s['mode']}_{s['difficulty']}": s["accuracy"] for s in scores}
-    assert len(accuracy) == len(scores) == 8
-    assert accuracy == {name: float(name in right) for name in accuracy}
-    count = {(score["mode"], score["difficulty"]): score["n"] for score in scores}
-    rows = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0)).dataset(40, seed=1, split="test")
-    assert count == Counter((row["mode"], row["difficulty"]) for row in rows)
-    assert [score["accuracy"] for score in recipe("evaluate").by_difficulty(scores, "last_window")] == [
-        0,
-        pytest.approx(count["reverse", 2] / (count["reverse", 2] + count["forward", 2])),
-    ]
-    one, two = recipe("evaluate").by_difficulty(scores)
-    assert (one["n"], two["n"]) == (count["forward", 1] + count["reverse", 1], 40 - one["n"])
-    assert one["accuracy"] == pytest.approx(count["forward", 1] / one["n"])
-    assert two["accuracy"] == pytest.approx(count["reverse", 2] / two["n"])
-    low, high = sorted({score["chance"] for score in scores if score["difficulty"] == 1})
-    assert low < one["chance"] < high
-
-
-def test_the_last_window_is_what_hard_eviction_leaves(recipe, base, tokenizer):
-    rows = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0)).dataset(20)
-    made = recipe("evaluate").generation_rows(rows, 40)
-    model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 40}).eval()
-    for row, whole, end in zip(rows, made[::2], made[1::2], strict=True):
-        assert whole["prompt_ids"] == row["input_ids"][: len(whole["prompt_ids"])]
-        assert whole["prompt_ids"][-len(end["prompt_ids"]) :] == end["prompt_ids"]
-        with torch.no_grad():
-            logits = [model(torch.tensor([made["prompt_ids"]])).logits[0, -1] for made in (whole, end)]
-        torch.testing.assert_close(*logits)

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
 from hf_sleep.data import GSMInfinite, KHop, Managers
+from hf_sleep.eval import answers
 from hf_sleep.training import GenerationEvaluation, SleepTrainer, SleepTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -95,11 +96,11 @@ def test_answers_are_judged_as_generation_would(recipe, base, tokenizer, seed):
     rows = []
     for row in task.rows(seed, "test", range(12)):
         # Half of the answers are what the model itself would say.
-        prompt = row["input_ids"][: recipe("shared.answers").first_answer(row)]
+        prompt = row["input_ids"][: answers.first_answer(row)]
         said = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0].tolist()
         own = {"input_ids": said, "labels": [-100] * len(prompt) + said[len(prompt) :]}
         rows.append(row | own if len(rows) % 2 else row)
-    judged = [answers for row in recipe("shared.answers").judge(model, task, rows, 5) for answers in row]
+    judged = [answer for row in answers.judge(model, task, rows, 5) for answer in row]
     trainer = SleepTrainer(model, SleepTrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
     generation = GenerationEvaluation(trainer, rows, (2,), 5)
     texts = generation._generate(model, generation.rows, 2)
@@ -109,11 +110,10 @@ def test_answers_are_judged_as_generation_would(recipe, base, tokenizer, seed):
 
 
 def test_full_context_is_the_base_and_the_last_window_is_alone(recipe, base, tokenizer):
-    module = recipe("shared.answers")
     task = Managers(tokenizer, people=5, windows=2, questions=3, window_size=60)
     rows = task.rows(0, "test", range(4))
     lm, model = LlamaForCausalLM.from_pretrained(base).eval(), AutoModelForSleepLM.from_pretrained(base).eval()
-    ends = [module.last_window(row, 60) for row in rows]
+    ends = [answers.last_window(row, 60) for row in rows]
     for row, end in zip(rows, ends, strict=True):
         start = max(i for i, sleeps in enumerate(row["sleep_after"]) if sleeps) + 1
         for name in ("input_ids", "labels", "sleep_after"):
@@ -121,10 +121,10 @@ def test_full_context_is_the_base_and_the_last_window_is_alone(recipe, base, tok
     for some in (rows, ends):
         expected = [task.score(lm(torch.tensor([r["input_ids"]])).logits[0].argmax(-1).tolist(), r) for r in some]
         with model.sleeping(window_size=500):
-            assert module.judge(model, task, [module.without_sleep(row) for row in some], 3) == expected
+            assert answers.judge(model, task, [answers.without_sleep(row) for row in some], 3) == expected
     asked = {"input_ids": list(range(10)), "labels": [-100] * 8 + [1, 2]}
     for size, left in ((3, [6, 7, 8, 9]), (4, [4, 5, 6, 7, 8, 9]), (8, list(range(10))), (7, [7, 8, 9])):
-        assert module.last_window(asked, size)["input_ids"] == left
+        assert answers.last_window(asked, size)["input_ids"] == left
 
 
 def test_rows_sleep_where_they_say(recipe, base, tokenizer):
@@ -132,24 +132,29 @@ def test_rows_sleep_where_they_say(recipe, base, tokenizer):
     rows = task.rows(0, "test", range(3))
     model, slept = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 60}).eval(), []
     with model.on_sleep(slept.append):
-        recipe("shared.answers").judge(model, task, rows, 3)
+        answers.judge(model, task, rows, 3)
     for b, row in enumerate(rows):
         ends = [i + 1 for i, sleeps in enumerate(row["sleep_after"]) if sleeps]
         assert [sleep.tokens for sleep in slept if sleep.row == b] == ends
     with model.on_sleep(slept.append):
-        recipe("shared.answers").judge(model, task, [recipe("shared.answers").last_window(row, 60) for row in rows], 3)
+        answers.judge(model, task, [answers.last_window(row, 60) for row in rows], 3)
     assert len(slept) == 3 * 3
     arguments = SleepTrainingArguments(output_dir="unused", max_steps=1, use_cpu=True, report_to="none")
     trainer = SleepTrainer(model, arguments, train_dataset=task.stream(), task=task)
     assert next(iter(trainer.get_train_dataloader()))["sleep_after"].sum(1).tolist() == [3] * 8
 
 
-def test_a_checkpoint_is_evaluated_on_managers(recipe, base, tokenizer, tmp_path):
-    settings = {"people": 5, "hops": [1, 2], "questions": 2}
-    options = ["--task-settings", json.dumps(settings), "--window-size", "60", "--problems", "5"]
-    scores = recipe("evaluate").main([base, "managers", *options, "--output", str(tmp_path)])
-    assert {(score["difficulty"], score["chance"]) for score in scores} == {(1, 1 / 4), (2, 1 / 4)}
-    assert sum(score["n"] for score in scores) == 5 * 2
+def test_the_last_window_is_what_hard_eviction_leaves(base, tokenizer):
+    rows = GSMInfinite(tokenizer, ops=(1, 2), tokens=(0, 0)).dataset(20)
+    model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 40}).eval()
+    for row in rows:
+        end = answers.last_window(row, 40)
+        prompts = [each["input_ids"][: answers.first_answer(each)] for each in (row, end)]
+        assert prompts[0][-len(prompts[1]) :] == prompts[1]
+        assert len(prompts[1]) <= 40
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0, -1] for ids in prompts]
+        torch.testing.assert_close(*logits)
 
 
 def test_mcnemar_is_exact(recipe):

@@ -51,13 +51,16 @@ def load_tokenizer(model: str, given: str | None, revision: str | None) -> Any:
         raise ValueError(f"{model} holds no tokenizer that loads: pass --tokenizer {base}") from error
 
 
-def load_model(model: str, how: dict[str, Any], state: "SleepState | None" = None) -> tuple[Any, Any]:
+def load_model(
+    model: str, how: dict[str, Any], state: "SleepState | None" = None, needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
     """A model that sleeps, and its tokenizer; says so where it was not trained to.
 
     Args:
         model: folder or Hub id, of a base or of a sleep checkpoint.
         how: what the options of `with_model` gave.
         state: a memory that it is to continue, whose settings and dtype hold where no other was asked for.
+        needs_tokenizer: `False`: none is loaded, and `None` stands for it.
 
     Raises:
         ValueError: what cannot be loaded.
@@ -69,7 +72,7 @@ def load_model(model: str, how: dict[str, Any], state: "SleepState | None" = Non
 
     quiet()
     check_folder(model)
-    tokenizer = load_tokenizer(model, how["tokenizer"], how["revision"])
+    tokenizer = load_tokenizer(model, how["tokenizer"], how["revision"]) if needs_tokenizer else None
     settings = {name: how[name] for name in SETTINGS if how[name] is not None}
     dtype = how["dtype"]
     if state is not None:

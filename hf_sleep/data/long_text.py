@@ -22,8 +22,9 @@ class Told:
         windows: per window the sentences that must stand in it, in order, each with the space before it.
         filler: makes the next sentence of those that nothing is asked about, with the space before it.
         question: all that comes after the text, up to where the answer begins.
-        answers: the words that must be said, in the order of the text.
+        answers: the words that must be said, in the order in which the labels say them.
         difficulty: of the question.
+        fields: more fields of the row, by name.
     """
 
     opening: str
@@ -32,6 +33,7 @@ class Told:
     question: str
     answers: Sequence[str]
     difficulty: int
+    fields: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class LongText(Task):
 
     Each window is filled up to L tokens with whole sentences, less than a sentence short, those that matter at random
     places among the others, and is slept on before the next one and before the question: `sleep_after` is 1 at its last
-    token. So whoever answers has nothing but a memory. Answers are judged by what is generated after the prompt, which
-    is the row up to the first label: each of a row's `references` must occur in it, whatever else does.
+    token. Of the others, one that a window has no room for comes in the next one. So whoever answers has nothing but a
+    memory. Answers are judged by what is generated after the prompt, which is the row up to the first label: each of a
+    row's `references` must occur in it, whatever else does.
 
     A row's labels are the answers and EOS.
 
@@ -54,9 +57,6 @@ class LongText(Task):
         ValueError: naming the field, what it got and what would work.
     """
 
-    new_tokens = 128
-    """Tokens that are generated."""
-
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     windows: int = 4
     window_size: int = 512
@@ -65,16 +65,21 @@ class LongText(Task):
         self._require_int("windows", 1)
         self._require_int("window_size", 1)
 
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that are generated, to be judged."""
+        return 128
+
     @abstractmethod
     def _tell(self, rng: random.Random) -> Told:
         """A text and a question, drawn from `rng`."""
 
-    def judge(self, said: str, row: Row) -> float:
-        """Share of the row's references that occur in `said`, in small letters or large ones.
+    def judge(self, said: str, row: Row) -> list[bool]:
+        """Whether each of the row's references occurs in `said`, in small letters or large ones.
 
-        Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), its match of all references.
+        Source: Hsieh et al. 2024, RULER (arXiv 2404.06654), its match of all references, whose score is their share.
         """
-        return sum(reference.lower() in said.lower() for reference in row["references"]) / len(row["references"])
+        return [reference.lower() in said.lower() for reference in row["references"]]
 
     @property
     def vocab_size(self) -> int:
@@ -88,9 +93,10 @@ class LongText(Task):
         told = self._tell(rng)
         ids = [*self._start, *self._encode(told.opening)]
         sleep_after: list[int] = []
+        other = self._encode(told.filler())
         for w, sentences in enumerate(told.windows):
             room = self.window_size - (0 if w else len(ids))
-            window = self._filled(rng, sentences, told.filler, room)
+            window, other = self._filled(rng, sentences, other, told.filler, room)
             ids += window
             sleep_after += [0] * (len(ids) - len(sleep_after) - 1) + [1]
         asked = self._encode(told.question)
@@ -103,24 +109,28 @@ class LongText(Task):
             "labels": labels,
             "sleep_after": sleep_after + [0] * (len(ids) - len(sleep_after)),
         }
-        return row | {"difficulty": told.difficulty, "answer": list(told.answers), "references": list(told.answers)}
+        row |= {"difficulty": told.difficulty, "answer": list(told.answers), "references": list(told.answers)}
+        return row | told.fields
 
-    def _filled(self, rng: random.Random, sentences: Sequence[str], filler: Callable[[], str], room: int) -> list[int]:
-        """Sentences in their order among filler: less than a sentence short of `room` tokens."""
+    def _filled(
+        self, rng: random.Random, sentences: Sequence[str], other: list[int], filler: Callable[[], str], room: int
+    ) -> tuple[list[int], list[int]]:
+        """Sentences in their order among filler, less than a sentence short of `room` tokens, and the `other` to come.
+
+        `other` is the next sentence of the filler.
+        """
         told = [self._encode(sentence) for sentence in sentences]
         needed = sum(map(len, told))
         self._check_window("what must stand in one", needed + self.window_size - room)
         others: list[list[int]] = []
-        while True:
-            other = self._encode(filler())
+        while needed + len(other) <= room:
             needed += len(other)
-            if needed > room:
-                break
             others.append(other)
+            other = self._encode(filler())
         places = sorted((rng.randint(0, len(others)) for _ in told), reverse=True)
         for sentence, place in zip(reversed(told), places, strict=True):
             others.insert(place, sentence)
-        return [token for sentence in others for token in sentence]
+        return [token for sentence in others for token in sentence], other
 
     def _check_window(self, what: str, tokens: int) -> None:
         works = tokens <= self.window_size

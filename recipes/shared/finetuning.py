@@ -13,6 +13,7 @@ from transformers import AutoConfig, set_seed
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, SleepLMConfig, default_dtype
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.data import GSMInfinite, Managers
+from hf_sleep.eval import Score, by_difficulty, lines_of, problems, table
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
 from hf_sleep.training import (
@@ -25,10 +26,9 @@ from hf_sleep.training import (
     freeze_all_but_fast_weights,
 )
 
-from .answers import Answers, problems
+from .answers import Answers
 from .arguments import InParts, argument, parse, require_pair
 from .run_folder import RunFolder, TimeBudget, last_checkpoint, train_on
-from .scores import Score, by_difficulty, plot, table
 
 SLEEP_FIELDS = (
     *("window_size", "sleep_passes", "eviction", "num_sink_tokens", "loop_layers", "between", "decay_once"),
@@ -234,12 +234,11 @@ def finetune(options: FineTuning, task: Words, name: str, difficulty: str, how: 
 
 
 def result_lines(results: dict[str, Any]) -> dict[str, list[Score]]:
-    """Scores by difficulty of everything that was read, before and after; of every N first."""
-    lines = {}
-    for when in ("before", "after"):
-        scores = results[when]
-        for n in sorted({score["N"] for score in scores}):
-            lines[f"{when}, N = {n}"] = by_difficulty([score for score in scores if score["N"] == n])
-        lines[f"{when}, last window alone"] = by_difficulty(scores, "last_window")
-        lines[f"{when}, full context"] = by_difficulty(scores, "full")
-    return lines
+    """Scores by difficulty of everything that was read, before and after."""
+    return {f"{when}, {how}": found for when in ("before", "after") for how, found in lines_of(results[when]).items()}
+
+
+def plot(run: RunFolder, lines: dict[str, list[Score]], difficulty: str) -> Path:
+    """Accuracy by difficulty, a line for each label."""
+    accuracy = {label: {s["difficulty"]: [s["accuracy"]] for s in scores} for label, scores in lines.items()}
+    return run.plot(accuracy, {s["difficulty"]: s["chance"] for s in next(iter(lines.values()))}, difficulty)

@@ -1,0 +1,224 @@
+"""`hf-sleep eval`: what a model remembers, beside what there is to be had."""
+
+import json as json_
+import pydoc_data.topics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..files import write_file
+from .app import app, errors_in_a_line, say
+from .loading import load_model
+from .options import Json, Model, row_of, with_model
+from .show import as_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data import Task
+
+POSITION = "position"
+WITHOUT_WORDS = {"mqar", "khop", "depo", "rule110"}
+"""Tests on token ids, which need no tokenizer."""
+HELD_OUT = 0.05
+"""Share of a text, its end, that is read where no other is given: our recipes do not train on it."""
+
+
+@app.command("eval")
+@with_model
+def evaluate(
+    model: Model,
+    tests: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEST]...",
+            help="position, needle-single, needle-multikey, needle-multivalue, needle-multiquery, variable-tracking, "
+            "common-words, frequent-words, facts, mqar; or a recipe's task: gsm_infinite, managers, khop, depo, "
+            "rule110. By default position and needle-single.",
+        ),
+    ] = None,
+    *,
+    windows: Annotated[
+        Any, typer.Option(metavar="A,B,...", parser=row_of(int, ","), help="Windows of text. [default: 4]")
+    ] = None,
+    passes: Annotated[
+        Any, typer.Option(metavar="A,B,...", parser=row_of(int, ","), help="Each N. By default the model's own.")
+    ] = None,
+    problems: Annotated[int, typer.Option(min=1, metavar="N", help="Of each test.")] = 20,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Read for position. By default the end of Python's language reference."),
+    ] = None,
+    task_settings: Annotated[
+        str, typer.Option(metavar="JSON", help="Fields of a recipe's task. By default those that MODEL was trained on.")
+    ] = "{}",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows that are read at once.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the problems.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write eval.json, eval.md and plots there.")
+    ] = None,
+    json: Json = False,
+    **how: Any,
+) -> None:
+    """Measure what MODEL remembers of text that has left its window, at each N and with controls.
+
+    Position is the loss over positions in a long text, and the share of what a full context gains over the window alone
+    that memory gives back. The other tests ask questions. Their controls are the last window alone, the full context,
+    and the base with a KV cache of as many bytes as the memory takes.
+    """
+    from ..eval.suite import TASKS, TESTS
+
+    with errors_in_a_line():
+        chosen = tests or [POSITION, "needle-single"]
+        if unknown := [name for name in chosen if name not in (POSITION, *TESTS, *TASKS)]:
+            raise ValueError(f"{unknown[0]} is no test: there are {', '.join((POSITION, *TESTS, *TASKS))}")
+        settings = _settings(task_settings)
+        loaded, tokenizer = load_model(
+            model, how, needs_tokenizer=not set(chosen) <= {"mqar", "khop", "depo", "rule110"}
+        )
+        asked = Asked(model, loaded, tokenizer, tuple(passes or _own_passes(loaded)), batch_size, problems, seed)
+        report = Report(asked, output, is_shown=not json)
+        for name in chosen:
+            if name == POSITION:
+                _measure_position(report, text, max(windows or (4,)))
+            else:
+                for title, tasks in _tasks(asked, name, windows or (4,), settings, how["revision"]):
+                    _run(report, name, title, tasks)
+        if not report.results:
+            raise ValueError("nothing was measured: see above")
+    if json:
+        as_json(report.to_dict())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated, and how."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    passes: Sequence[int]
+    batch_size: int
+    problems: int
+    seed: int
+
+
+@dataclass
+class Report:
+    """What was found so far; written after each test, so that nothing is lost."""
+
+    asked: Asked
+    folder: Path | None
+    is_shown: bool
+    results: list[dict[str, Any]] = field(default_factory=list)
+    pages: list[str] = field(default_factory=list)
+
+    def add(self, title: str, table: str, found: dict[str, Any]) -> None:
+        self.results.append({"title": title} | found)
+        self.pages.append(f"## {title}\n\n{table}\n")
+        if self.is_shown:
+            typer.echo(self.pages[-1])
+        if self.folder is not None:
+            write_file(self.folder / "eval.json", json_.dumps(self.to_dict(), indent=1) + "\n")
+            write_file(self.folder / "eval.md", f"# {self.asked.name}\n\n" + "\n".join(self.pages))
+
+    def plot(self, name: str) -> Path | None:
+        """Where a plot goes."""
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{name.replace(', ', '-').replace(' ', '-')}.png"
+
+    def to_dict(self) -> dict[str, Any]:
+        from ..info import describe
+        from ..version import __version__
+
+        model = self.asked.model
+        info = describe(model.config, dtype=model.dtype)
+        sizes = {name: getattr(info, name) for name in ("fast_weight_bytes", "kv_bytes_per_token")}
+        facts = {"model": self.asked.name, "hf_sleep": __version__, "dtype": info.dtype, "N": list(self.asked.passes)}
+        return facts | sizes | {"sleep": model.config.sleep.to_dict(), "results": self.results}
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json_.loads(text)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--task-settings {text}: it must be a JSON object, such as '{{\"hops\": [1, 2]}}'")
+    return settings
+
+
+def _own_passes(model: Any) -> Sequence[int]:
+    from ..info import most_passes
+
+    return (most_passes(model.config.sleep),)
+
+
+def _measure_position(report: Report, files: list[Path] | None, windows: int) -> None:
+    from ..eval import loss_by_position
+    from ..eval.report import plot_positions, position_table
+
+    asked = report.asked
+    ids = _text_rows(asked, files, windows)
+    found = loss_by_position(asked.model, ids, asked.passes, asked.batch_size)
+    title = f"position, {windows} windows"
+    if (file := report.plot(title)) is not None:
+        plot_positions(found, file)
+    report.add(title, position_table(found), {"test": POSITION} | found.to_dict())
+
+
+def _text_rows(asked: Asked, files: list[Path] | None, windows: int) -> "torch.Tensor":
+    """Rows `[R, windows · L]` of a text: as many as it has, and as there are problems."""
+    import torch
+
+    if files:
+        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    else:
+        text = "\n\n".join(pydoc_data.topics.topics.values())
+    ids, length = asked.tokenizer(text, verbose=False).input_ids, windows * asked.model.config.sleep.window_size
+    ids = ids if files else ids[int(len(ids) * (1 - HELD_OUT)) :]
+    rows = min(len(ids) // length, asked.problems)
+    if not rows:
+        raise ValueError(f"the text has {len(ids)} tokens, and a row {length}: give more --text, or fewer --windows")
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def _tasks(
+    asked: Asked, name: str, windows: Sequence[int], settings: dict[str, Any], revision: str | None
+) -> "Iterator[tuple[str, Sequence[Task]]]":
+    """Each test of that name, with its title; says which cannot be asked at a length, and why."""
+    from ..eval.suite import TASKS, TESTS, Size, make_task, trained_on, with_trained_settings
+
+    config = asked.model.config
+    sizes = [Size(asked.tokenizer, config.sleep.window_size, n, config.text_config.vocab_size) for n in windows]
+    if name in TASKS:
+        given, remarks = with_trained_settings(name, settings, trained_on(asked.name, revision))
+        for remark in remarks:
+            say(f"Note: {remark}.")
+        yield name, [make_task(name, given, sizes[0])]
+        return
+    for size in sizes[:1] if name == "mqar" else sizes:
+        title = name if name == "mqar" else f"{name}, {size.windows} windows"
+        try:
+            yield title, TESTS[name](size)
+        except ValueError as error:
+            say(f"Left out: {title}: {error}.")
+
+
+def _run(report: Report, name: str, title: str, tasks: "Sequence[Task]") -> None:
+    from ..eval.report import lines_of, plot_scores, table
+    from ..eval.suite import axis, run_test
+
+    asked = report.asked
+    found = run_test(asked.model, name, tasks, asked.passes, asked.problems, asked.batch_size, asked.seed)
+    for control, reason in found.left_out.items():
+        say(f"Left out: {title}, {control}: {reason}.")
+    lines = lines_of(found.scores)
+    if (file := report.plot(title)) is not None:
+        plot_scores(lines, axis(name), file)
+    report.add(title, table(lines, axis(name)), asdict(found))

@@ -1,0 +1,120 @@
+"""What was measured, as tables in Markdown and as plots."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .answers import Score
+from .position import FULL, WINDOW, PositionLosses
+
+NAMES = {
+    "last_window": "last window alone",
+    "full": "full context",
+    "same_bytes": "base, KV of as many bytes",
+}
+
+
+def by_difficulty(scores: Sequence[Score], reads: str = "all") -> list[Score]:
+    """The scores of one way of reading, with the modes together."""
+    merged: dict[tuple[int, int], Score] = {}
+    for score in scores:
+        if score["reads"] != reads:
+            continue
+        key = {name: score[name] for name in ("difficulty", "N")}
+        into = merged.setdefault(tuple(key.values()), key | {"accuracy": 0.0, "chance": 0.0, "n": 0})
+        n = into["n"] + score["n"]
+        for name in ("accuracy", "chance"):
+            into[name] = (into[name] * into["n"] + score[name] * score["n"]) / n
+        into["n"] = n
+    return list(merged.values())
+
+
+def lines_of(scores: Sequence[Score]) -> dict[str, list[Score]]:
+    """Scores by difficulty of each way of reading, under its name in words: each N first, then the controls."""
+    lines = {}
+    for n in sorted({score["N"] for score in scores}):
+        if mine := by_difficulty([score for score in scores if score["N"] == n]):
+            lines[f"N = {n}"] = mine
+    return lines | {name: found for reads, name in NAMES.items() if (found := by_difficulty(scores, reads))}
+
+
+def table(lines: Mapping[str, Sequence[Score]], difficulty: str) -> str:
+    """Markdown: a line for each label with accuracy by difficulty, then chance and the number of answers."""
+    first = next(iter(lines.values()))
+    cells = [("", [f"{difficulty} {score['difficulty']}" for score in first])]
+    cells += [(label, [f"{score['accuracy']:.2f}" for score in scores]) for label, scores in lines.items()]
+    cells.append(("chance", [f"{score['chance']:.2f}" for score in first]))
+    cells.append(("n", [str(score["n"]) for score in first]))
+    return markdown([[label, *row] for label, row in cells])
+
+
+def position_table(found: PositionLosses) -> str:
+    """Markdown: the loss of each way of reading in the first window, in the others, and the share recovered."""
+    rows = [["", "first window", "other windows", "recovered", "95 %"]]
+    for reads, losses in found.losses.items():
+        first, others = losses[:, : found.window_size].mean().item(), losses[:, found.window_size :].mean().item()
+        cells = [reads, f"{first:.3f}", f"{others:.3f}", "", ""]
+        if reads not in (FULL, WINDOW):
+            share, low, high = found.recovered(reads)
+            cells[3:] = [f"{share:.1%}", f"{low:.1%} to {high:.1%}"]
+        rows.append(cells)
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells whose first row is its head."""
+    text = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([text[0], "|---" * len(rows[0]) + "|", *text[1:]])
+
+
+def plot_positions(found: PositionLosses, path: Path) -> None:
+    """Draw the loss over positions, averaged over eighths of a window.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    figure, axes = _figure()
+    step = max(1, found.window_size // 8)
+    for reads, losses in found.losses.items():
+        parts = losses.split(step, dim=1)
+        x = [(i * step + part.shape[1] / 2) / found.window_size for i, part in enumerate(parts)]
+        axes.plot(x, [part.mean().item() for part in parts], label=reads)
+    axes.set(xlabel=f"position in windows of {found.window_size} tokens", ylabel="next-token loss in nats")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_scores(
+    lines: Mapping[str, Sequence[Score]], difficulty: str, path: Path, mark: tuple[float, str] | None = None
+) -> None:
+    """Draw accuracy by difficulty, a line for each label, and chance.
+
+    Args:
+        lines: as `lines_of` makes them.
+        difficulty: name of the horizontal axis.
+        path: a file that matplotlib can write.
+        mark: a place on that axis, and what stands there.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    figure, axes = _figure()
+    for label, scores in lines.items():
+        axes.plot([s["difficulty"] for s in scores], [s["accuracy"] for s in scores], marker="o", label=label)
+    first = next(iter(lines.values()))
+    x = [score["difficulty"] for score in first]
+    axes.plot(x, [score["chance"] for score in first], "k:", label="chance")
+    if mark is not None:
+        axes.axvline(mark[0], color="grey", linestyle="--", label=mark[1])
+    is_wide = len(x) > 1 and min(x) > 0 and max(x) / min(x) > 16
+    axes.set(xlabel=difficulty, ylabel="accuracy", ylim=(-0.02, 1.02), xscale="log" if is_wide else "linear")
+    axes.set_xticks(x, [str(value) for value in x])
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), constrained_layout=True)
+    return figure, figure.subplots()

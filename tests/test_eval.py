@@ -1,0 +1,168 @@
+"""Loss by position, and answers with their controls: against the plain base and the model's own forward."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from families import FAMILIES, make_base, make_model, sleep_config, tokens
+from helpers import EVICTIONS, word_tokenizer, words
+
+from hf_sleep import SleepForCausalLM
+from hf_sleep.data import LongText
+from hf_sleep.data.long_text import Told
+from hf_sleep.eval import PositionLosses, answers, judge, loss_by_position, measure
+from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
+
+L, T = 6, 21
+every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+every_eviction = pytest.mark.parametrize("eviction", EVICTIONS)
+
+
+def settings(family, eviction="hard", **fields):
+    style, sinks = EVICTIONS[eviction]
+    own = {"window_size": L, "eviction": style, "num_sink_tokens": sinks, "sleep_passes": 2}
+    return sleep_config(family, **(own | fields))
+
+
+def losses(logits, ids):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def texts(rows=3):
+    return torch.stack([tokens(T, seed) for seed in range(rows)])
+
+
+@every_family
+def test_what_was_not_trained_reads_as_the_base_does(family):
+    base = make_base(family, torch.double).eval()
+    model, ids = SleepForCausalLM.from_base(base, settings(family)).eval(), texts()
+    found = loss_by_position(model, ids, (1,)).losses
+    with torch.no_grad():
+        torch.testing.assert_close(found[FULL], losses(base(ids, use_cache=False).logits, ids))
+        alone = [base(part, use_cache=False).logits for part in ids.split(L, dim=1)]
+    torch.testing.assert_close(found[WINDOW], losses(torch.cat(alone, 1), ids))
+    assert torch.equal(found[WINDOW], found[ZEROED])
+    assert not torch.allclose(found[FULL], found[WINDOW])
+    if not model.lm.config.to_dict().get("layer_types") or "linear_attention" not in model.lm.config.layer_types:
+        torch.testing.assert_close(found[asleep(1)], found[WINDOW])
+
+
+@every_family
+@every_eviction
+def test_the_sleeping_model_reads_as_in_one_call(family, eviction):
+    model, ids = make_model(family, settings(family, eviction), torch.double), texts()
+    found = loss_by_position(model, ids, (1, 3), batch_size=2).losses
+    with torch.no_grad():
+        for passes in (1, 3):
+            torch.testing.assert_close(found[asleep(passes)], losses(model(ids, sleep_passes=passes).logits, ids))
+    different = [found[name][:, L:] for name in (asleep(1), asleep(3), ZEROED, WINDOW)]
+    assert not any(torch.allclose(a, b) for i, a in enumerate(different) for b in different[:i])
+    if eviction == "hard":
+        with torch.no_grad():
+            alone = torch.cat([model(part).logits for part in ids.split(L, dim=1)], 1)
+        torch.testing.assert_close(found[ZEROED], losses(alone, ids))
+
+
+def test_the_share_recovered_is_that_of_the_gain():
+    window, full = torch.full((2, 11), 3.0), torch.full((2, 11), 1.0)
+    mine = torch.tensor([[9.0] * L + [2.0] * 5, [9.0] * L + [2.5] * 5])
+    found = PositionLosses(L, {"sleep": mine, WINDOW: window, FULL: full})
+    share, low, high = found.recovered("sleep")
+    assert (share, low, high) == (0.375, 0.25, 0.5)
+    assert found.by_window("sleep") == [9.0, 2.25]
+    assert found.to_dict()["reads"]["sleep"]["recovered"] == 0.375
+    useless = PositionLosses(L, {"sleep": mine, WINDOW: full, FULL: full})
+    assert useless.recovered("sleep")[0] != useless.recovered("sleep")[0]
+
+
+def test_rows_that_cannot_be_read_are_refused():
+    model = make_model("llama", settings("llama"))
+    with pytest.raises(ValueError, match=r"ids has shape \[1, 6\]: it must be \[R, T\] with T above window_size=6"):
+        loss_by_position(model, tokens(L)[None])
+    most = model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"rows of {most + 1} tokens, and the base reads {most}"):
+        loss_by_position(model, torch.zeros(1, most + 1, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class LastWord(LongText):
+    """Asks for the first word of the text."""
+
+    new_tokens = 5
+
+    @property
+    def difficulties(self):
+        return (1,)
+
+    def chance(self, difficulty):
+        return 0.0
+
+    def _tell(self, rng: random.Random) -> Told:
+        said = [words(1, rng.randrange(10**6)) for _ in range(3)]
+        told = [[f" {said[0]}"], *([] for _ in range(self.windows - 1))]
+        return Told("", told, lambda: " " + words(1, rng.randrange(10**6)), f" {said[1]} w1", said[:1] + said[2:], 1)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    model = make_model("llama", settings("llama"), torch.double)
+    model.generation_config.eos_token_id = 9
+    task = LastWord(word_tokenizer(), windows=2, window_size=L)
+    return model, task, task.rows(0, "test", range(12))
+
+
+def test_a_long_text_fills_its_windows_and_sleeps_at_their_ends(asked):
+    _, task, rows = asked
+    for row in rows:
+        assert [i for i, sleeps in enumerate(row["sleep_after"]) if sleeps] == [L - 1, 2 * L - 1]
+        assert task.tokenizer.decode(row["input_ids"]).split()[: 2 * L].count(row["references"][0])
+        said = task.tokenizer(" " + ", ".join(row["references"])).input_ids
+        assert row["labels"] == [-100] * (len(row["labels"]) - len(said) - 1) + [*said, task.tokenizer.eos_token_id]
+        assert row["input_ids"][-len(said) - 1 :] == row["labels"][-len(said) - 1 :]
+    row = {"references": ["w7", "w8"]}
+    assert task.judge("w1 W8.", row) == [False, True]
+
+
+def test_what_is_said_counts_up_to_the_end_of_the_text_and_alone(asked):
+    model, task, rows = asked
+    found = judge(model, task, rows, 5)
+    assert found == [answer for row in rows for answer in judge(model, task, [row], 1)]
+    for row, answers_of_row in zip(rows, found, strict=True):
+        prompt = answers.first_answer(row)
+        ids = {name: torch.tensor([row[name][:prompt]]) for name in ("input_ids", "sleep_after")}
+        said = model.generate(**ids, max_new_tokens=5, do_sample=False)[0, prompt:].tolist()
+        said = said[: said.index(9)] if 9 in said else said
+        text = task.tokenizer.decode(said)
+        assert answers_of_row == [(1, reference in text) for reference in row["references"]]
+
+
+def test_every_control_is_measured(asked):
+    model, task, rows = asked
+    scores = measure(model, task, rows, (1, 2), 4)
+    assert [(score["reads"], score["N"]) for score in scores] == [
+        ("all", 1),
+        ("all", 2),
+        ("last_window", 2),
+        ("full", 2),
+        ("same_bytes", 2),
+    ]
+    assert {score["n"] for score in scores} == {24}
+    assert measure(model, task, rows, (2,), 12, ()) == scores[1:2]
+    assert model.config.sleep.window_size == L
+
+
+def test_the_same_bytes_are_spent_on_the_latest_tokens(asked, monkeypatch):
+    model, task, rows = asked
+    seen = []
+    monkeypatch.setattr(answers, "judge", lambda reader, task, rows, size: seen.append((reader, rows)) or [])
+    answers._control("same_bytes", model, task, rows, 4)
+    ((reader, read),) = seen
+    assert reader is not model
+    assert reader.lm is model.lm
+    info = answers.describe(model.config, dtype=model.dtype)
+    before = info.fast_weight_bytes // info.kv_bytes_per_token
+    for row, recent in zip(rows, read, strict=True):
+        start = max(0, 2 * L - before)
+        assert recent["input_ids"] == row["input_ids"][start:]
+        assert "sleep_after" not in recent
