@@ -13,7 +13,7 @@ accelerate launch recipes/remember.py --model Qwen/Qwen3-0.6B --dataset my/corpu
 
 Loss on every token: next-token cross-entropy, and the divergence from what the base says where it still sees the whole
 row. Rows are windows of text in order, few at first and more later; some end with questions that ask to repeat a
-passage which was slept on by then. Tokens of spans that stood in the text over a window ago weigh more. A twentieth of
+passage which was slept on by then. Tokens of spans that stood in the text over a window ago weigh more. The last twentieth of
 the text is held out. New blocks alone are trained, with --lora the base's adapter too, with --whole-model everything.
 With --minutes a run can be done in parts: the same command with --resume continues it. Writes config.json,
 metrics.jsonl, results.json, loss.png and the model.

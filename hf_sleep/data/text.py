@@ -61,25 +61,21 @@ class Text:
         return len(self.tokens)
 
     def held_out(self, share: float = 0.05) -> tuple["Text", "Text"]:
-        """Split off a share of the tokens: whole documents, drawn once and for all, or the tail of a long one.
+        """Split off the end: a share of the tokens or, from where a document begins, at most twice as many.
 
         Args:
-            share: of the tokens, about.
+            share: of the tokens.
 
         Returns:
             What is left, and what was split off.
         """
-        documents = list(self.tokens.tensor_split(tuple(self.ends[:-1])))
-        wanted, held = round(share * len(self)), {}
-        for i in random.Random("held out").sample(range(len(documents)), len(documents)):
-            if wanted <= 0:
-                break
-            document = documents[i]
-            # Twice what is wanted is a tail; a lone document is never taken whole.
-            cut = 0 if len(document) <= 2 * wanted and len(documents) > 1 else len(document) - wanted
-            documents[i], held[i] = document[:cut], document[cut:]
-            wanted -= len(held[i])
-        return Text.of_ids([d for d in documents if len(d)]), Text.of_ids([held[i] for i in sorted(held)])
+        wanted = round(share * len(self))
+        cut = len(self) - wanted
+        begins = max((end for end in self.ends if end <= cut), default=0)
+        if len(self) - begins <= 2 * wanted:
+            cut = begins
+        left = [*(end for end in self.ends if end < cut), cut]
+        return Text(self.tokens[:cut], left), Text(self.tokens[cut:], [end - cut for end in self.ends if end > cut])
 
     def sleeps(self, first: int, count: int) -> list[int]:
         """1 at the last tokens of documents, 0 at the others, of `count` tokens from `first` on."""
