@@ -13,13 +13,14 @@ accelerate launch recipes/remember.py --model Qwen/Qwen3-0.6B --dataset my/corpu
 
 Loss on every token: next-token cross-entropy, and the divergence from what the base says where it still sees the whole
 row. Rows are windows of text in order, few at first and more later; some end with questions that ask to repeat a
-passage which was slept on by then. Tokens of spans that stood in the text over a window ago weigh more. The last twentieth of
-the text is held out. New blocks alone are trained, with --lora the base's adapter too, with --whole-model everything.
-With --minutes a run can be done in parts: the same command with --resume continues it. Writes config.json,
-metrics.jsonl, results.json, loss.png and the model.
+passage which was slept on by then. Tokens of spans that stood in the text over a window ago weigh more. The last
+twentieth of the text is held out. New blocks alone are trained, with --lora the base's adapter too, with --whole-model
+everything. With --minutes a run can be done in parts: the same command with --resume continues it. Writes config.json,
+metrics.jsonl, results.json, loss.png, position.png and the model.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from hf_sleep import sleep_lora_config
 from hf_sleep.data import Text, TextRows
+from hf_sleep.eval import PositionLosses, loss_by_position
+from hf_sleep.eval.position import asleep
+from hf_sleep.eval.report import plot_positions
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
 from hf_sleep.labels import IGNORED
@@ -105,7 +109,12 @@ class Judge(TrainerCallback):
         trainer: whose `log` reports it.
         rows: by name, rows of a kind.
         options: of the run.
+
+    Attributes:
+        positions: what was last found by position; `None` where it cannot be.
     """
+
+    positions: PositionLosses | None = None
 
     def __init__(self, trainer: DistillationTrainer, rows: dict[str, list[dict[str, Any]]], options: Arguments):
         self.trainer, self.rows, self.options = trainer, rows, options
@@ -113,21 +122,39 @@ class Judge(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.global_step:
-            self._report(state)
+            self._report(state, self.measure() | self.by_position())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             is_due = control.should_log
-            self._report(state)
+            self._report(state, self.measure())
             control.should_log = is_due  # what is logged here says that the step's own log is over
 
-    def _report(self, state: Any) -> None:
-        measured = self.measure()
+    def _report(self, state: Any, measured: dict[str, Any]) -> None:
         state.log_history.append({"step": state.global_step, "judged": measured})
-        self.trainer.log({f"eval_{name}": value for name, value in measured.items()})
+        self.trainer.log({f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)})
+
+    def by_position(self) -> dict[str, Any]:
+        """What a memory gives back of what has left the window: measured before and after training.
+
+        The share `recovered` is `None` where a full context does not help; nothing at all is measured of rows of one
+        window, nor under FSDP, which has no cache.
+        """
+        if self.trainer.is_fsdp_enabled or self.options.windows[-1] == 1:
+            return {}
+        model, ids = without_wrapper(self.trainer.model), torch.tensor([r["input_ids"] for r in self.rows["text"]])
+        was, _ = model.training, model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                self.positions = found = loss_by_position(model, ids, batch_size=self.options.batch_size)
+        finally:
+            model.train(was)
+        share, *_ = found.recovered(asleep(self.options.sleep_passes))
+        plain = json.loads(json.dumps(found.to_dict()), parse_constant=lambda nan: None)
+        return {"recovered": None if math.isnan(share) else share, "position": plain}
 
     def measure(self) -> dict[str, Any]:
-        """Everything that a trained memory is judged by: more of it belongs here."""
+        """Mean losses of every kind of rows."""
         model = self.trainer.model
         was, _ = model.training, model.eval()
         try:
@@ -253,13 +280,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             print(budget.stopped)
         return {}
     before = next(logs["judged"] for logs in trainer.state.log_history if "judged" in logs)
-    results = {"tokens": len(text), "before": before, "after": judge.measure()}
-    run.record(step=options.steps, **{f"eval_{name}": value for name, value in results["after"].items()})
+    after = judge.measure() | judge.by_position()
+    results = {"tokens": len(text), "before": before, "after": after}
+    said = [name for name, value in after.items() if isinstance(value, float)]
+    run.record(step=options.steps, **{f"eval_{name}": after[name] for name in said})
     save(options, run, trainer, tokenizer, len(text))
     if run.writes:
         write_file(run.path / "results.json", json.dumps(results, indent=1) + "\n")
-        for name, value in before.items():
-            print(f"held-out {name.replace('_', ' ')}: {value:.3f} before, {results['after'][name]:.3f} after")
+        for name in said:
+            print(f"held-out {name.replace('_', ' ')}: {before[name]:.3f} before, {after[name]:.3f} after")
+        if judge.positions is not None:
+            plot_positions(judge.positions, run.path / "position.png")
         print(f"{run.plot_losses()}, {run.path / 'model'}")
     return results
 

@@ -215,7 +215,14 @@ def test_a_base_learns_from_a_folder_and_everything_is_written_down(recipe, base
     options += ["--no-bf16", "--distill", "0.2", "--muon-learning-rate", "5e-2"]  # its teacher knows nothing
     results = recipe("remember").main(options)
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert results["before"].keys() == results["after"].keys() == {"text_loss", "asked_loss"}
+    kinds = {"text_loss", "asked_loss", "recovered", "position"}
+    assert results["before"].keys() == results["after"].keys() == kinds
+    untrained, trained = (results[when]["position"]["reads"] for when in ("before", "after"))
+    losses = [untrained[name]["loss_by_window"] for name in ("sleep, N = 1", "window alone", "memory zeroed")]
+    assert losses[0] == losses[1] == losses[2]
+    assert trained["sleep, N = 1"]["loss_by_window"] != trained["memory zeroed"]["loss_by_window"]
+    assert trained["window alone"]["loss_by_window"] == losses[1]
+    assert (folder / "position.png").stat().st_size > 5_000
     assert results["after"]["text_loss"] < 0.95 * results["before"]["text_loss"]
     judged = [line["step"] for line in lines(folder) if "eval_text_loss" in line]
     assert judged == [0, 15, 30]

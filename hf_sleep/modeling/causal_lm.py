@@ -113,6 +113,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         torch.set_rng_state(state)  # what the new modules drew is drawn again below
         draw_blocks(model, base)
         for module in base.modules():
+            # What was put into it after it was loaded, as an adapter is, would be drawn again below.
+            module._is_hf_initialized = True
             # The base's own checkpointing drops its cache in training: the wrapper's takes over.
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing, model.gradient_checkpointing = False, True
