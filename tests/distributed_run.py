@@ -21,10 +21,19 @@ from transformers import Trainer, TrainerCallback
 
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.state import fingerprint
-from hf_sleep.training import SleepCollator, SleepPassesSchedule, SleepTrainer, SleepTrainingArguments, SpikeGuard
+from hf_sleep.training import (
+    Distillation,
+    DistillationTrainer,
+    SleepCollator,
+    SleepPassesSchedule,
+    SleepTrainer,
+    SleepTrainingArguments,
+    SpikeGuard,
+)
 
 RAGGED = (25, 5, 14, 9, 20, 3, 6, 11)
 SLIDING = {"eviction": "sliding", "num_sink_tokens": 1}
+DISTILLED = {"lengths": RAGGED, "distillation": Distillation(top_k=5, recurring_weight=3.0, recurring_tokens=1)}
 GUARDED = {"lengths": RAGGED, "spike_factor": 1.001, "max_steps": 6}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -48,6 +57,7 @@ DDP = {
     "muon": {"muon_learning_rate": 1e-2},
     "schedule": {"drawn_passes": True},
     "spikes": GUARDED,
+    "distilled": DISTILLED,
     "evaluated_first": {"evaluate_first": True},
     "evaluated_first_in_bf16": {"evaluate_first": True, "bf16": True, "dtype": torch.float32, "max_steps": 1},
     "saved": SAVING,
@@ -70,6 +80,7 @@ FSDP = {
     "accumulation": {"lengths": RAGGED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "schedule": {"drawn_passes": True},
     "spikes": GUARDED,
+    "distilled": DISTILLED,
     "bf16": {"dtype": torch.float32, "bf16": True, "max_steps": 1},
     "saved": SAVING | MUON,
     "resumed": SAVING | MUON | {"resume": "saved"},
@@ -133,7 +144,7 @@ def make_trainer(folder, fsdp=False, **case):
     } | case
     own = {key: case.pop(key) for key in ("family", "sleep", "dtype", "lengths", "answers_only", "plain")}
     padding_side, drawn = case.pop("padding_side"), case.pop("drawn_passes")
-    spike_factor = case.pop("spike_factor", None)
+    spike_factor, distillation = case.pop("spike_factor", None), case.pop("distillation", None)
     collator = AllLabels if case.pop("all_labels") else SleepCollator
     case["per_device_train_batch_size"] *= 2 // world
     args = {
@@ -164,7 +175,10 @@ def make_trainer(folder, fsdp=False, **case):
     if own["plain"]:
         args["ddp_find_unused_parameters"] = None  # as in TrainingArguments
     arguments = sharded(args) if fsdp else SleepTrainingArguments(**args)
-    trainer = (Trainer if own["plain"] else SleepTrainer)(model, arguments, **given)
+    if distillation is not None:
+        trainer = DistillationTrainer(model, arguments, **given, distillation=distillation)
+    else:
+        trainer = (Trainer if own["plain"] else SleepTrainer)(model, arguments, **given)
     if spike_factor is not None:
         trainer.add_callback(SpikeGuard(trainer, spike_factor, window=1))
     return trainer, recorder

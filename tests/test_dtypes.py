@@ -13,7 +13,7 @@ from torch import bfloat16, float16, float32
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM, auto, default_dtype, dtypes
-from hf_sleep.modeling import causal_lm as modeling
+from hf_sleep.modeling import advice as modeling
 
 L = 6
 IDS = tokens(2 * L)[None]

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
 from hf_sleep.compat import CACHE, CHECKPOINTING
-from hf_sleep.modeling import causal_lm as modeling_module
+from hf_sleep.modeling import compiling as modeling_module
 
 L = 5
 

@@ -434,3 +434,13 @@ def test_a_memory_is_one_of_the_adapter_that_read_it(tmp_path):
     tuned.set_adapter("other")
     with pytest.raises(ValueError, match="saved by another model"):
         SleepSession.load(tmp_path / "a.sleep", tuned, word_tokenizer())
+
+
+def test_a_base_that_carries_an_adapter_is_wrapped_as_it_is():
+    model = make_model("llama", settings("llama"))
+    adapted = get_peft_model(model, lora(model, [], init_lora_weights=False)).eval()
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    wrapped = SleepForCausalLM.from_base(model.lm, settings("llama")).eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
+    ids = tokens(L)[None]
+    assert torch.equal(wrapped(ids).logits, model.lm(ids).logits)

@@ -1,4 +1,4 @@
-"""Synthetic tasks with known answers, to train and to measure sleep on."""
+"""Synthetic tasks with known answers, to train and to measure sleep on, and rows of plain text."""
 
 from .depo import Depo
 from .facts import Facts
@@ -11,6 +11,7 @@ from .needle import Needle
 from .rule110 import Rule110
 from .ruler import RULER
 from .task import Task
+from .text import Text, TextRows
 from .variables import VariableTracking
 from .word_counts import CommonWords, FrequentWords
 
@@ -29,5 +30,7 @@ __all__ = [
     "Needle",
     "Rule110",
     "Task",
+    "Text",
+    "TextRows",
     "VariableTracking",
 ]

@@ -1,6 +1,5 @@
 """SleepForCausalLM: a pretrained decoder LM that sleeps."""
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from ..bases.decoder import Decoder, decoder_for
 from ..bases.probe import probe, require_probed
@@ -29,31 +27,15 @@ from ..sleep import Sleeper
 from ..state import fingerprint
 from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
+from .compiling import uncompiled
 from .generation import SleepGenerationMixin
 from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
-from .outputs import Asked, answer, mean_loss, reaching
+from .outputs import Asked, TokenLoss, answer, mean_loss, reaching
 from .pretrained import draw_blocks
-
-logger = logging.get_logger(__name__)
 
 # What PEFT, accelerate and transformers ask a model to learn how its linear layers are stored.
 QUANTISATION = {"is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"}
-
-
-def uncompiled(function: Callable) -> Callable:
-    """Let torch.compile run `function` as it is, and say so once: how often layers run depends on what was read."""
-
-    @functools.partial(torch.compiler.disable, reason="a model that sleeps is not compiled")
-    def run(*args: Any, **kwargs: Any) -> Any:
-        logger.warning_once("torch.compile leaves a model that sleeps as it is: it runs as it does without.")
-        return function(*args, **kwargs)
-
-    @functools.wraps(function)
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        return (run if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return choose
 
 
 class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
@@ -131,6 +113,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         torch.set_rng_state(state)  # what the new modules drew is drawn again below
         draw_blocks(model, base)
         for module in base.modules():
+            # What was put into it after it was loaded, as an adapter is, would be drawn again below.
+            module._is_hf_initialized = True
             # The base's own checkpointing drops its cache in training: the wrapper's takes over.
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing, model.gradient_checkpointing = False, True
@@ -278,6 +262,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         position_ids: torch.Tensor | None = None,
         skip_head: bool = False,
         sleep_after: torch.Tensor | None = None,
+        token_loss: TokenLoss | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | BaseModelOutputWithPast | tuple:
         """Read tokens; sleep whenever a window is full and another token comes.
@@ -308,6 +293,11 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             sleep_after: `[B, T]`, 1 at a token after which its row sleeps, whatever its window holds: at the end of a
                 document or a turn. The same as ending the call there and calling `sleep`, with gradients; 0 elsewhere
                 and at pads. Not where weights are sharded over ranks.
+            token_loss: `token_loss(logits, targets, rows, columns)`, the summed loss of n targets, instead of their
+                cross-entropy: to distil, or to weight tokens. `logits` are `[n, vocab]`, in float32 at least, those of
+                row `rows[i]` `[n]` of the call at its column `columns[i]` `[n]`, pads counted, and `targets` `[n]` the
+                labels of the columns after these. It is called once a window, of the targets there, and again in the
+                backward with gradient checkpointing, and returns a scalar. The mean is still made here.
             kwargs: what stock models take and ignore (`token_type_ids`, `cache_position`), and what they take for
                 packed samples or for attentions and hidden states, which is refused.
 
@@ -324,7 +314,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """
         check_whole(self)
         check_keywords(type(self).__name__, kwargs)
-        check_settings(logits_to_keep, backprop_windows, skip_head, labels)
+        check_settings(logits_to_keep, backprop_windows, skip_head, labels, token_loss)
         policy, memory = self._policy(sleep_passes), memory_in(cache, self)
         vocab_size = self.config.text_config.vocab_size
         layout = check_inputs(input_ids, attention_mask, inputs_embeds, labels, memory, vocab_size)
@@ -348,7 +338,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
 
         asked = Asked.of(labels, layout, read, logits_to_keep, in_training=self.training)
         memory, reads = sleeper.read(memory, read.compact(x), read.counts, policy, asked.wanted, backprop_windows, ends)
-        logits, loss = answer(asked, reads, sleeper.decoder, x, vocab_size, skip_head, self.gradient_checkpointing)
+        logits, loss = answer(
+            asked, reads, sleeper.decoder, x, vocab_size, skip_head, self.gradient_checkpointing, token_loss
+        )
         if loss is not None and asked.targets is not None and labels is not None:
             loss = mean_loss(loss, asked.targets, labels, num_items_in_batch)
         if self.training and torch.is_grad_enabled():

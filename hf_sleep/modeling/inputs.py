@@ -110,7 +110,7 @@ def check_keywords(owner: str, keywords: Mapping[str, Any]) -> None:
     refuse_packed(keywords)
 
 
-def check_settings(logits_to_keep: Any, backprop_windows: Any, skip_head: bool, labels: Any) -> None:
+def check_settings(logits_to_keep: Any, backprop_windows: Any, skip_head: bool, labels: Any, token_loss: Any) -> None:
     """Check the settings of a forward that stand for themselves."""
     asks_none = isinstance(logits_to_keep, torch.Tensor) and not logits_to_keep.numel()
     if not asks_none and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
@@ -126,6 +126,13 @@ def check_settings(logits_to_keep: Any, backprop_windows: Any, skip_head: bool, 
         )
     if skip_head and labels is not None:
         raise ValueError("skip_head=True with labels: a loss needs the head. Leave one of them out")
+    if token_loss is not None and not callable(token_loss):
+        raise ValueError(
+            f"token_loss={token_loss!r}: it must be a function of (logits, targets, rows, columns), or None for "
+            "cross-entropy"
+        )
+    if token_loss is not None and labels is None:
+        raise ValueError("token_loss without labels: it is of targets. Pass labels, or leave it out")
 
 
 def memory_in(cache: SleepCache | None, model: Any) -> Memory:

@@ -17,6 +17,9 @@ from .inputs import Layout
 
 logger = logging.get_logger(__name__)
 
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Function of logits `[n, vocab]`, targets, rows and columns, each `[n]`, to a loss that is summed over the n."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -99,6 +102,7 @@ def answer(
     vocab_size: int,
     skip_head: bool,
     is_checkpointing: bool,
+    token_loss: TokenLoss | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Make what was asked for.
 
@@ -110,17 +114,19 @@ def answer(
         vocab_size: width of the logits.
         skip_head: return what the head takes instead of logits.
         is_checkpointing: make the logits of a loss again in the backward.
+        token_loss: instead of cross-entropy.
 
     Returns:
         Logits `[B, keep, vocab]`, `None` where they are made just for the loss, and the summed loss, if any.
     """
     if asked.targets_by_row is not None:
-        loss = loss_of_reads(decoder.logits, reads, asked.targets_by_row, is_checkpointing)
+        by_row = asked.targets_by_row
+        loss = loss_of_reads(decoder.logits, reads, by_row, asked.layout.start, is_checkpointing, token_loss)
         return None, x.float().sum() * 0.0 if loss is None else loss  # all pads
     size = x.shape[-1] if skip_head else vocab_size
     head = decoder.head_input if skip_head else decoder.logits
     logits = logits_of_reads(head, reads, asked.layout, asked.columns_needed, size, x)
-    loss = None if asked.targets is None else summed_cross_entropy(logits, asked.targets)
+    loss = None if asked.targets is None else summed_loss(logits, asked.targets, token_loss)
     logits = logits[:, : asked.columns] if asked.layout.width > asked.columns else logits
     return logits[:, logits.shape[1] - asked.keep :], loss
 
@@ -172,22 +178,31 @@ def logits_of_reads(
 
 
 def loss_of_reads(
-    head: Callable[[torch.Tensor], torch.Tensor], reads: Sequence[Read], targets: torch.Tensor, is_checkpointing: bool
+    head: Callable[[torch.Tensor], torch.Tensor],
+    reads: Sequence[Read],
+    targets: torch.Tensor,
+    first: Sequence[int],
+    is_checkpointing: bool,
+    token_loss: TokenLoss | None = None,
 ) -> torch.Tensor | None:
-    """Summed cross-entropy, window by window: logits are made only where there is a target, and not kept.
+    """Summed loss, window by window: logits are made only where there is a target, and not kept.
 
     Args:
         head: `[..., C]` to `[..., vocab]`.
         reads: what was read.
         targets: `[B, T]`, left-aligned.
+        first: per row, the caller's column of its first token.
         is_checkpointing: make the logits again in the backward.
+        token_loss: instead of cross-entropy.
 
     Returns:
         `None` where nothing was read.
     """
 
-    def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return summed_cross_entropy(head(hidden), targets)
+    def of_hidden(
+        hidden: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        return loss_of_targets(head(hidden), targets, rows, columns, token_loss)
 
     total: torch.Tensor | None = None
     for read in reads:
@@ -196,17 +211,49 @@ def loss_of_reads(
         window = torch.full(read.hidden.shape[:2], IGNORED)
         for i, (b, start, count) in enumerate(zip(read.span.rows, read.span.start, read.span.counts, strict=True)):
             window[i, :count] = targets[b, start : start + count]
-        row, column = (index.to(read.hidden.device) for index in (window != IGNORED).nonzero(as_tuple=True))
-        arguments = read.hidden[row, column], window[window != IGNORED].to(read.hidden.device)
+        row, column = (window != IGNORED).nonzero(as_tuple=True)
+        begins = torch.tensor([start + first[b] for b, start in zip(read.span.rows, read.span.start, strict=True)])
+        places = torch.tensor(read.span.rows)[row], column + begins[row]
+        hidden, wanted = read.hidden[row.to(read.hidden.device), column.to(read.hidden.device)], window[row, column]
         if not len(row):
             # Adds nothing, but gives the loss its graph: a rank without targets must run its backward too.
-            arguments = read.hidden[:1, 0], torch.full((1,), IGNORED, device=read.hidden.device)
-        if is_checkpointing:
-            part = checkpoint(cross_entropy, *arguments, use_reentrant=False)
-        else:
-            part = cross_entropy(*arguments)
+            hidden, wanted = read.hidden[:1, 0], torch.full((1,), IGNORED)
+        arguments = hidden, *(index.to(hidden.device) for index in (wanted, *places))
+        part = checkpoint(of_hidden, *arguments, use_reentrant=False) if is_checkpointing else of_hidden(*arguments)
         total = part if total is None else total + part
     return total
+
+
+def loss_of_targets(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    token_loss: TokenLoss | None,
+) -> torch.Tensor:
+    """Sum the loss of targets; where there are none, 0 that has the logits' graph.
+
+    Args:
+        logits: `[n, vocab]`.
+        targets: `[n]`; a lone `IGNORED` where there are none.
+        rows: `[n]`, of the call; empty where there are none.
+        columns: `[n]`, of the call; empty where there are none.
+        token_loss: instead of cross-entropy.
+
+    Raises:
+        ValueError: what `token_loss` returned is no sum.
+    """
+    if token_loss is None:
+        return summed_cross_entropy(logits, targets)
+    if not len(rows):
+        return 0.0 * logits.sum()
+    loss = token_loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, rows, columns)
+    if not isinstance(loss, torch.Tensor) or loss.shape:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(
+            f"token_loss returned {given}: it must be a tensor without dimensions, summed over the targets"
+        )
+    return loss
 
 
 def reaching(
@@ -223,6 +270,15 @@ def reaching(
         return loss, logits
     reached = reached + 0.0 * sum(part.to(reached.device, reached.dtype) for part in parts)
     return (None, reached) if loss is None else (reached, logits)
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, token_loss: TokenLoss | None) -> torch.Tensor:
+    """Sum the loss of logits `[B, T, vocab]` in the caller's columns; `targets` are `[B, T]`."""
+    if token_loss is None:
+        return summed_cross_entropy(logits, targets)
+    targets = targets.to(logits.device)
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    return loss_of_targets(logits[rows, columns], targets[rows, columns], rows, columns, token_loss)
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Training: an optimizer, a Trainer, callbacks and a collator; the plain `Trainer` works too."""
 
 from .collator import SleepCollator
+from .distillation import Distillation, DistillationTrainer, Teacher
 from .evaluation import GenerationEvaluation
 from .guard import NonFiniteGuard
 from .monitor import SleepMonitor
@@ -12,6 +13,8 @@ from .trainer import SleepTrainer, SleepTrainingArguments
 from .windows import WindowsCurriculum
 
 __all__ = [
+    "Distillation",
+    "DistillationTrainer",
     "DuringStep",
     "GenerationEvaluation",
     "HardEvictionWarmup",
@@ -23,6 +26,7 @@ __all__ = [
     "SleepTrainer",
     "SleepTrainingArguments",
     "SpikeGuard",
+    "Teacher",
     "WindowsCurriculum",
     "freeze_all_but_fast_weights",
     "parameter_groups",

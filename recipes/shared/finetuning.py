@@ -38,8 +38,8 @@ Words = GSMInfinite | Managers
 
 
 @dataclass
-class FineTuning(InParts):
-    """The arguments of all recipes that fine-tune on a task."""
+class Retrofit(InParts):
+    """The arguments of all recipes that train a pretrained model to sleep."""
 
     model: str = argument(".demo/SmolLM2-135M-Instruct", "Hub id or folder, of a base or of a model that sleeps")
     window_size: int | None = argument(None, "L, in tokens; None: 64, or as the checkpoint was trained")
@@ -73,8 +73,6 @@ class FineTuning(InParts):
     whole_model: bool = argument(False, "train the base too, not just the fast weights")
     checkpointing: bool = argument(False, "recompute passes in the backward, to save memory")
     bf16: bool = argument(False, "compute in bfloat16, by autocast; by default where the machine has it")
-    eval_passes: list[int] | None = argument(None, "each N to answer with; None: --sleep-passes")
-    eval_problems: int = argument(160, "test problems")
     save_steps: int = argument(0, "steps between checkpoints; 0: none")
     report_to: list[str] = argument(["none"], "as in transformers: tensorboard, wandb, ...")
     push_to_hub: str | None = argument(None, "push the trained model there", metavar="REPOSITORY")
@@ -84,6 +82,14 @@ class FineTuning(InParts):
     def __post_init__(self) -> None:
         require_pair("loop-layers", self.loop_layers)
         require_pair("block-half-lives", self.block_half_lives)
+
+
+@dataclass
+class FineTuning(Retrofit):
+    """The arguments of all recipes that fine-tune on a task."""
+
+    eval_passes: list[int] | None = argument(None, "each N to answer with; None: --sleep-passes")
+    eval_problems: int = argument(160, "test problems")
 
 
 def parse_fine_tuning(
@@ -97,17 +103,22 @@ def parse_fine_tuning(
     return parse(kind, description, arguments, {name: native | each for name, each in (presets or {None: {}}).items()})
 
 
-def complete(options: FineTuning) -> None:
-    """Fill in how to sleep where nothing was said: as the checkpoint does; a base, as small as fits a CPU."""
+def complete(options: Retrofit, **of_a_base: Any) -> None:
+    """Fill in how to sleep where nothing was said: as the checkpoint does; a base, as small as fits a CPU.
+
+    Args:
+        options: are changed.
+        of_a_base: what a base gets instead.
+    """
     config = AutoConfig.from_pretrained(options.model)
-    small = {"window_size": 64, "sleep_passes": 2, "eviction": "hard", "num_sink_tokens": 0}
+    small = {"window_size": 64, "sleep_passes": 2, "eviction": "hard", "num_sink_tokens": 0} | of_a_base
     defaults = {name: getattr(config.sleep, name) for name in small} if isinstance(config, SleepLMConfig) else small
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
 
 
-def load(options: FineTuning) -> SleepForCausalLM:
+def load(options: Retrofit) -> SleepForCausalLM:
     given = {name: getattr(options, name) for name in SLEEP_FIELDS}
     sleep = {name: value for name, value in given.items() if value is not None and value is not False}
     if options.block_half_lives == [0, 0]:
@@ -121,8 +132,9 @@ def load(options: FineTuning) -> SleepForCausalLM:
     return model
 
 
-def training_arguments(options: FineTuning, folder: Path, eval_on_start: bool) -> SleepTrainingArguments:
-    return SleepTrainingArguments(
+def training_arguments(options: Retrofit, folder: Path, **more: Any) -> SleepTrainingArguments:
+    """The Trainer's arguments; `more` stand in place of what follows from the options."""
+    chosen = dict(
         output_dir=str(folder),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
@@ -132,7 +144,6 @@ def training_arguments(options: FineTuning, folder: Path, eval_on_start: bool) -
         learning_rate=options.learning_rate,
         **{CHECKPOINTING: options.checkpointing},
         bf16=options.bf16,
-        eval_on_start=eval_on_start,
         logging_steps=max(1, options.steps // 100),
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or options.steps,
@@ -149,6 +160,7 @@ def training_arguments(options: FineTuning, folder: Path, eval_on_start: bool) -
         hub_strategy="end",
         seed=options.seed,
     )
+    return SleepTrainingArguments(**chosen | more)
 
 
 def make_trainer(

@@ -14,6 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerState
 
@@ -96,7 +97,28 @@ class RunFolder(TrainerCallback):
         axes.plot(x, [chance[d] for d in x], "k:", label="chance")
         axes.set(xlabel=difficulty, ylabel="exact-match accuracy", ylim=(-0.02, 1.02), xticks=x)
         axes.legend(fontsize=8)
-        file, image = self.path / "accuracy.png", io.BytesIO()
+        return self._write(figure, "accuracy.png")
+
+    def plot_losses(self) -> Path:
+        """What a `DistillationTrainer` logs, by step, thin, and the losses that were evaluated."""
+        losses: dict[str, dict[int, float]] = {}
+        for row in map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines()):
+            for name in row:
+                if name in ("cross_entropy", "divergence") or (name.startswith("eval_") and name.endswith("_loss")):
+                    losses.setdefault(name, {})[row["step"]] = row[name]
+        figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+        for name, by_step in losses.items():
+            steps, held_out = sorted(by_step), name.startswith("eval_")
+            label = name.removeprefix("eval_").replace("_", " ") + (", held out" if held_out else ", in training")
+            style = {"marker": "o"} if held_out else {"linewidth": 0.8}
+            axes.plot(steps, [by_step[step] for step in steps], label=label, **style)
+        axes.set(xlabel="optimizer steps", ylabel="nats per token")
+        axes.legend(fontsize=8)
+        return self._write(figure, "loss.png")
+
+    def _write(self, figure: Any, name: str) -> Path:
+        """Write a figure into the folder and close it."""
+        file, image = self.path / name, io.BytesIO()
         figure.savefig(image, format="png", dpi=150)
         plt.close(figure)
         write_file(file, image.getvalue())
@@ -160,7 +182,10 @@ def train_on(trainer: Trainer, checkpoint: str | None) -> None:
         return
     # From a checkpoint of the last step `Trainer.train` would train one step more.
     trainer.state = state
-    trainer.model.load_state_dict(hf_sleep.SleepForCausalLM.from_pretrained(checkpoint).state_dict())
+    if isinstance(trainer.model, PeftModel):
+        set_peft_model_state_dict(trainer.model, load_peft_weights(checkpoint))
+    else:
+        trainer.model.load_state_dict(hf_sleep.SleepForCausalLM.from_pretrained(checkpoint).state_dict())
 
 
 def mean_and_spread(values: list[float]) -> str:
