@@ -20,7 +20,7 @@ metrics.jsonl, results.json, loss.png, position.png and the model.
 """
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from hf_sleep import sleep_lora_config
 from hf_sleep.data import Text, TextRows
-from hf_sleep.eval import PositionLosses, loss_by_position
+from hf_sleep.eval import PositionLosses, losses_asleep, losses_of_base
 from hf_sleep.eval.position import asleep
 from hf_sleep.eval.report import plot_positions
 from hf_sleep.files import write_file
@@ -110,8 +110,11 @@ class Judge(TrainerCallback):
         rows: by name, rows of a kind.
         options: of the run.
 
+    The base is measured when this is made, as it is before training.
+
     Attributes:
-        positions: what was last found by position; `None` where it cannot be.
+        positions: what was last found by position; `None` where it cannot be: of rows of one window, and under FSDP,
+            which has no cache.
     """
 
     positions: PositionLosses | None = None
@@ -119,6 +122,19 @@ class Judge(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer, rows: dict[str, list[dict[str, Any]]], options: Arguments):
         self.trainer, self.rows, self.options = trainer, rows, options
         self.every = max(1, options.steps // options.evaluations)
+        self.base = None
+        if not trainer.is_fsdp_enabled and options.windows[-1] > 1:
+            self.ids = torch.tensor([row["input_ids"] for row in rows["text"]])
+            self.base = self._measured(losses_of_base)
+
+    def _measured(self, losses: Callable[..., dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        model = without_wrapper(self.trainer.model)
+        was, _ = model.training, model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                return losses(model, self.ids, batch_size=self.options.batch_size)
+        finally:
+            model.train(was)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.global_step:
@@ -135,23 +151,12 @@ class Judge(TrainerCallback):
         self.trainer.log({f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)})
 
     def by_position(self) -> dict[str, Any]:
-        """What a memory gives back of what has left the window: measured before and after training.
-
-        The share `recovered` is `None` where a full context does not help; nothing at all is measured of rows of one
-        window, nor under FSDP, which has no cache.
-        """
-        if self.trainer.is_fsdp_enabled or self.options.windows[-1] == 1:
+        """What a memory gives back of what has left the window; `recovered` is `None` where there is nothing to."""
+        if self.base is None:
             return {}
-        model, ids = without_wrapper(self.trainer.model), torch.tensor([r["input_ids"] for r in self.rows["text"]])
-        was, _ = model.training, model.eval()
-        try:
-            with self.trainer.accelerator.autocast():
-                self.positions = found = loss_by_position(model, ids, batch_size=self.options.batch_size)
-        finally:
-            model.train(was)
-        share, *_ = found.recovered(asleep(self.options.sleep_passes))
-        plain = json.loads(json.dumps(found.to_dict()), parse_constant=lambda nan: None)
-        return {"recovered": None if math.isnan(share) else share, "position": plain}
+        self.positions = found = PositionLosses(self.options.window_size, self._measured(losses_asleep) | self.base)
+        plain = found.to_dict()
+        return {"recovered": plain["reads"][asleep(self.options.sleep_passes)]["recovered"], "position": plain}
 
     def measure(self) -> dict[str, Any]:
         """Mean losses of every kind of rows."""
