@@ -150,8 +150,7 @@ class Judge(TrainerCallback):
         finally:
             model.train(was)
         share, *_ = found.recovered(asleep(self.options.sleep_passes))
-        plain = json.loads(json.dumps(found.to_dict()), parse_constant=lambda nan: None)
-        return {"recovered": None if math.isnan(share) else share, "position": plain}
+        return {"recovered": None if math.isnan(share) else share, "position": found.to_dict()}
 
     def measure(self) -> dict[str, Any]:
         """Mean losses of every kind of rows."""
