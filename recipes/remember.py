@@ -156,7 +156,8 @@ class Judge(TrainerCallback):
             return {}
         self.positions = found = PositionLosses(self.options.window_size, self._measured(losses_asleep) | self.base)
         plain = found.to_dict()
-        return {"recovered": plain["reads"][asleep(self.options.sleep_passes)]["recovered"], "position": plain}
+        mine = plain["reads"][asleep(self.options.sleep_passes)]
+        return {name: mine[name] for name in ("recovered", "by_memory")} | {"position": plain}
 
     def measure(self) -> dict[str, Any]:
         """Mean losses of every kind of rows."""

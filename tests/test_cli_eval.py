@@ -177,7 +177,7 @@ def test_text_is_read_by_position(base, tokenizer, tmp_path):
     model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 16}).eval()
     assert found["reads"] == loss_by_position(model, ids, (1, 2), 4).to_dict()["reads"]
     page = (tmp_path / "out" / "eval.md").read_text(encoding="utf-8")
-    assert "| | first window | other windows | recovered | 95 % |".replace("| |", "|  |") in page
+    assert "|  | first window | other windows | recovered (95 %) | by memory (95 %) |" in page
     assert (tmp_path / "out" / "position-3-windows.png").stat().st_size > 5_000
     result = run(base, "position", "--window-size", "16", "--windows", "9999")
     assert result.exit_code == 1

@@ -1,5 +1,6 @@
 """Loss by position, and answers with their controls: against the plain base and the model's own forward."""
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from hf_sleep.data import MQAR, LongText
 from hf_sleep.data.long_text import Told
 from hf_sleep.eval import PositionLosses, answers, judge, loss_by_position, measure
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
+from hf_sleep.eval.report import position_table
 
 L, T = 6, 21
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -70,10 +72,16 @@ def test_the_share_recovered_is_that_of_the_gain():
     found = PositionLosses(L, {"sleep": mine, WINDOW: window, FULL: full})
     share, low, high = found.recovered("sleep")
     assert (share, low, high) == (0.375, 0.25, 0.5)
+    better = PositionLosses(L, found.losses | {ZEROED: torch.full((2, 11), 2.75)})
+    assert better.recovered("sleep", ZEROED)[0] == 0.25
+    assert better.recovered("sleep") == found.recovered("sleep")
     assert found.by_window("sleep") == [9.0, 2.25]
-    assert found.to_dict()["reads"]["sleep"]["recovered"] == 0.375
-    useless = PositionLosses(L, {"sleep": mine, WINDOW: full, FULL: full})
-    assert useless.recovered("sleep")[0] != useless.recovered("sleep")[0]
+    plain = better.to_dict()["reads"]["sleep"]
+    assert (plain["recovered"], plain["recovered_95"], plain["by_memory"]) == (0.375, [0.25, 0.5], 0.25)
+    useless = PositionLosses(L, {"sleep": mine, WINDOW: full, FULL: full, ZEROED: full})
+    assert math.isnan(useless.recovered("sleep")[0])
+    assert useless.to_dict()["reads"]["sleep"]["recovered"] is None
+    assert "nothing to recover" in position_table(useless)
 
 
 def test_rows_that_cannot_be_read_are_refused():

@@ -215,7 +215,7 @@ def test_a_base_learns_from_a_folder_and_everything_is_written_down(recipe, base
     options += ["--no-bf16", "--distill", "0.2", "--muon-learning-rate", "5e-2"]  # its teacher knows nothing
     results = recipe("remember").main(options)
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    kinds = {"text_loss", "asked_loss", "recovered", "position"}
+    kinds = {"text_loss", "asked_loss", "recovered", "by_memory", "position"}
     assert results["before"].keys() == results["after"].keys() == kinds
     untrained, trained = (results[when]["position"]["reads"] for when in ("before", "after"))
     losses = [untrained[name]["loss_by_window"] for name in ("sleep, N = 1", "window alone", "memory zeroed")]

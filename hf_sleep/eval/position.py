@@ -38,28 +38,39 @@ class PositionLosses:
         """Mean loss in each window, in nats; a token counts in the window that is open when it is predicted."""
         return [part.mean().item() for part in self.losses[reads].split(self.window_size, dim=1)]
 
-    def recovered(self, reads: str) -> tuple[float, float, float]:
+    def recovered(self, reads: str, beyond: str = WINDOW) -> tuple[float, float, float]:
         """Share of what a full context gains over the window alone that `reads` gains, from the second window on.
 
+        Args:
+            reads: a way of reading.
+            beyond: what it gains over: `WINDOW`; or `ZEROED`, for what memory alone gives, without what the blocks have
+                learnt of the text's kind.
+
         Returns:
-            The share, and the ends of its 95 % interval over rows (bootstrap). 1 is as good as the full context, 0 as
-            the window alone, and below it is worse than to forget; NaN where a full context does not help.
+            The share, and the ends of its 95 % interval over rows (bootstrap). Beyond the window alone 1 is as good as
+            the full context, 0 as to forget, and below it is worse; NaN where a full context does not help.
         """
-        window, full, mine = (self.losses[name][:, self.window_size :].sum(1) for name in (WINDOW, FULL, reads))
-        gained, available = window - mine, window - full
+        names = (WINDOW, FULL, beyond, reads)
+        window, full, without, mine = (self.losses[name][:, self.window_size :].sum(1) for name in names)
+        gained, available = without - mine, window - full
         drawn = torch.randint(len(window), (RESAMPLES, len(window)), generator=torch.Generator().manual_seed(0))
         shares = _share(gained[drawn].sum(1), available[drawn].sum(1))
         low, high = torch.quantile(shares, torch.tensor([0.025, 0.975])).tolist()
         return _share(gained.sum(), available.sum()).item(), low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """By the way of reading the loss of each window and the share recovered, as plain numbers, `None` for NaN."""
+        """By the way of reading the loss of each window, the share recovered, and what memory alone gives of it.
+
+        All are plain numbers, `None` for NaN.
+        """
         ways: dict[str, Any] = {}
         for reads in self.losses:
             ways[reads] = {"loss_by_window": [round(loss, 4) for loss in self.by_window(reads)]}
-            if reads not in (FULL, WINDOW):
-                share, *ends = (None if math.isnan(value) else value for value in self.recovered(reads))
-                ways[reads] |= {"recovered": share, "recovered_95": ends}
+            if reads in (FULL, WINDOW):
+                continue
+            for name, beyond in (("recovered", WINDOW), ("by_memory", ZEROED)):
+                share, *ends = (None if math.isnan(value) else value for value in self.recovered(reads, beyond))
+                ways[reads] |= {name: share, f"{name}_95": ends}
         rows, tokens = self.losses[FULL].shape
         return {"window_size": self.window_size, "rows": rows, "tokens": tokens + 1, "reads": ways}
 

@@ -1,5 +1,6 @@
 """What was measured, as tables in Markdown and as plots."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,19 @@ def table(lines: Mapping[str, Sequence[Score]], difficulty: str) -> str:
 
 
 def position_table(found: PositionLosses) -> str:
-    """Markdown: the loss of each way of reading in the first window, in the others, and the share recovered."""
-    rows = [["", "first window", "other windows", "recovered", "95 %"]]
+    """Markdown: the loss of each way of reading in the first window and in the others, and the share recovered."""
+    rows = [["", "first window", "other windows", "recovered (95 %)", "by memory (95 %)"]]
     for reads, losses in found.losses.items():
         first, others = losses[:, : found.window_size].mean().item(), losses[:, found.window_size :].mean().item()
-        cells = [reads, f"{first:.3f}", f"{others:.3f}", "", ""]
+        shares = ["", ""]
         if reads not in (FULL, WINDOW):
-            share, low, high = found.recovered(reads)
-            is_there = share == share  # not NaN: a full context helps
-            cells[3:] = [f"{share:.1%}", f"{low:.1%} to {high:.1%}"] if is_there else ["nothing to recover", ""]
-        rows.append(cells)
+            shares = [_share(*found.recovered(reads, beyond)) for beyond in (WINDOW, ZEROED)]
+        rows.append([reads, f"{first:.3f}", f"{others:.3f}", *shares])
     return markdown(rows)
+
+
+def _share(share: float, low: float, high: float) -> str:
+    return "nothing to recover" if math.isnan(share) else f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
