@@ -78,7 +78,7 @@ class Arguments(Retrofit):
     learning_rate: float | None = argument(
         None, "of AdamW, for all that Muon does not take; None: 1e-3, with --whole-model 5e-5"
     )
-    evaluations: int = argument(4, "times that the held-out loss is measured in training, after the one before")
+    evaluations: int = argument(4, "times that the held-out loss is measured, the last after training; and once before")
     eval_rows: int = argument(16, "held-out rows of each kind")
     output: Path = argument(Path("runs/remember"), "a folder")
 
@@ -88,6 +88,8 @@ class Arguments(Retrofit):
             raise ValueError(f"--windows {' '.join(map(str, self.windows))}: they must be at least 1, and rise")
         if len(self.windows) > self.steps:
             raise ValueError(f"--windows has {len(self.windows)} stages: there must be as many --steps at least")
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"--lora {self.lora}: it must be a rank of at least 1")
         if self.lora is not None and (self.whole_model or self.push_to_hub):
             raise ValueError("--lora with --whole-model or --push-to-hub: leave one of them out")
         for name, least in (("evaluations", 1), ("eval_rows", 1)):
@@ -113,18 +115,20 @@ class Judge(TrainerCallback):
     The base is measured when this is made, as it is before training.
 
     Attributes:
-        positions: what was last found by position; `None` where it cannot be: of rows of one window, and under FSDP,
-            which has no cache.
+        positions: what was last found by position; `None` where it cannot be: of rows of one window, of rows that the
+            base has no positions for, and under FSDP, which has no cache.
     """
 
     positions: PositionLosses | None = None
 
     def __init__(self, trainer: DistillationTrainer, rows: dict[str, list[dict[str, Any]]], options: Arguments):
         self.trainer, self.rows, self.options = trainer, rows, options
-        self.every = max(1, options.steps // options.evaluations)
+        self.due = {round(options.steps * i / options.evaluations) for i in range(1, options.evaluations)}
         self.base = None
-        if not trainer.is_fsdp_enabled and options.windows[-1] > 1:
-            self.ids = torch.tensor([row["input_ids"] for row in rows["text"]])
+        self.ids = torch.tensor([row["input_ids"] for row in rows["text"]])
+        most = getattr(without_wrapper(trainer.model).config.text_config, "max_position_embeddings", None)
+        has_room = most is None or self.ids.shape[1] <= most
+        if not trainer.is_fsdp_enabled and options.windows[-1] > 1 and has_room:
             self.base = self._measured(losses_of_base)
 
     def _measured(self, losses: Callable[..., dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -141,7 +145,7 @@ class Judge(TrainerCallback):
             self._report(state, self.measure() | self.by_position())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        if state.global_step in self.due:
             is_due = control.should_log
             self._report(state, self.measure())
             control.should_log = is_due  # what is logged here says that the step's own log is over
@@ -187,6 +191,11 @@ class Judge(TrainerCallback):
 def held_out_rows(options: Arguments, text: Text, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
     """Rows to judge by: text in order, and, where some are trained on, rows that ask."""
     most = options.windows[-1]
+    if len(text) < most * options.window_size:
+        raise ValueError(
+            f"the held-out twentieth of the text has {len(text)} tokens, and a row of {most} windows "
+            f"{most * options.window_size}: give more --text, fewer --windows or a smaller --window-size"
+        )
     settings = {"window_size": options.window_size, "sleep_at_ends": options.sleep_at_ends}
     stages = [(options.eval_rows, most)]
     rows = {"text": TextRows(text, tokenizer, stages=stages, **settings).in_order(options.eval_rows, most)}

@@ -201,8 +201,27 @@ def test_what_cannot_be_asked_is_said(base):
     assert "nonsense is no test: there are position, niah_single_1" in result.stderr
     result = run(base, "khop", "--task-settings", "[1]")
     assert "--task-settings [1]: it must be a JSON object" in result.stderr
+    for option, said in (
+        (("--windows", "0"), "--windows 0: each must be at least 1"),
+        (("--passes", "1,0"), "--passes 1,0: each must be at least 1"),
+        (("position", "--windows", "1"), "--windows 1: nothing leaves a window of position"),
+        (("khop", "--task-settings", '{"window_size": 9}'), "give window_size as --window-size"),
+    ):
+        result = run(base, *option)
+        assert (result.exit_code, said in result.stderr) == (1, True), result.output
     result = run(base, "niah_single_2", "cwe", "--window-size", "8", "--problems", "1")
     assert result.exit_code == 1
     assert "Left out: niah_single_2, 4 windows: " in result.stderr
     assert "Left out: cwe, 4 windows: " in result.stderr
     assert "nothing was measured" in result.stderr
+
+
+def test_what_cannot_be_measured_ends_nothing_else(base, tmp_path):
+    options = ["--window-size", "256", "--problems", "1", "--windows", "999", "--output", tmp_path]
+    found, said = evaluate(base, "position", "mqar", *options)
+    assert found["test"] == "mqar"
+    assert "Left out: position: the text has" in said
+    (tmp_path / "latin.txt").write_bytes("müde".encode("latin-1"))
+    result = run(base, "position", "--text", tmp_path / "latin.txt")
+    assert result.exit_code == 1
+    assert "latin.txt: cannot be read as UTF-8" in result.stderr

@@ -1,13 +1,15 @@
 """Loss by position, and answers with their controls: against the plain base and the model's own forward."""
 
+import json
 import math
 import random
 from dataclasses import dataclass
 
 import pytest
 import torch
-from families import FAMILIES, make_base, make_model, sleep_config, tokens
+from families import FAMILIES, make_base, make_config, make_model, sleep_config, tokens
 from helpers import EVICTIONS, word_tokenizer, words
+from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepForCausalLM
 from hf_sleep.data import MQAR, LongText
@@ -15,6 +17,7 @@ from hf_sleep.data.long_text import Told
 from hf_sleep.eval import PositionLosses, answers, judge, loss_by_position, measure
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
 from hf_sleep.eval.report import position_table
+from hf_sleep.eval.suite import run_test
 
 L, T = 6, 21
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -67,25 +70,51 @@ def test_the_sleeping_model_reads_as_in_one_call(family, eviction):
 
 
 def test_the_share_recovered_is_that_of_the_gain():
-    window, full = torch.full((2, 11), 3.0), torch.full((2, 11), 1.0)
-    mine = torch.tensor([[9.0] * L + [2.0] * 5, [9.0] * L + [2.5] * 5])
+    window, full = torch.full((6, 11), 3.0), torch.full((6, 11), 1.0)
+    mine = torch.tensor([[9.0] * L + [2.0] * 5, [9.0] * L + [2.5] * 5] * 3)
     found = PositionLosses(L, {"sleep": mine, WINDOW: window, FULL: full})
     share, low, high = found.recovered("sleep")
-    assert (share, low, high) == (0.375, 0.25, 0.5)
-    better = PositionLosses(L, found.losses | {ZEROED: torch.full((2, 11), 2.75)})
+    assert share == 0.375
+    assert 0.25 <= low < 0.375 < high <= 0.5
+    few = PositionLosses(L, {name: losses[:4] for name, losses in found.losses.items()})
+    assert few.recovered("sleep")[0] == 0.375
+    assert all(map(math.isnan, few.recovered("sleep")[1:]))
+    better = PositionLosses(L, found.losses | {ZEROED: torch.full((6, 11), 2.75)})
     assert better.recovered("sleep", ZEROED)[0] == 0.25
     assert better.recovered("sleep") == found.recovered("sleep")
     assert found.by_window("sleep") == [9.0, 2.25]
     plain = better.to_dict()["reads"]["sleep"]
-    assert (plain["recovered"], plain["recovered_95"], plain["by_memory"]) == (0.375, [0.25, 0.5], 0.25)
+    assert (plain["recovered"], plain["recovered_95"], plain["by_memory"]) == (0.375, [low, high], 0.25)
+    broken = PositionLosses(L, better.losses | {"sleep": torch.full((6, 11), math.nan)}).to_dict()
+    assert broken["reads"]["sleep"]["loss_by_window"] == [None, None]
+    assert json.loads(json.dumps(broken, allow_nan=False)) == broken
     useless = PositionLosses(L, {"sleep": mine, WINDOW: full, FULL: full, ZEROED: full})
     assert math.isnan(useless.recovered("sleep")[0])
     assert useless.to_dict()["reads"]["sleep"]["recovered"] is None
     assert "nothing to recover" in position_table(useless)
 
 
+def test_a_base_that_was_made_with_loops_reads_with_all_of_them():
+    config = make_config("ouro")
+    config.total_ut_steps = 3
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).double().eval()
+    model, ids = SleepForCausalLM.from_base(base, settings("ouro", loop_layers=None)).eval(), texts()
+    found = loss_by_position(model, ids, (1,)).losses
+    with torch.no_grad():
+        torch.testing.assert_close(found[FULL], losses(base(ids, use_cache=False).logits, ids))
+        alone = [base(part, use_cache=False).logits for part in ids.split(L, dim=1)]
+    torch.testing.assert_close(found[WINDOW], losses(torch.cat(alone, 1), ids))
+    assert not torch.allclose(found[WINDOW], found[asleep(1)])
+
+
 def test_rows_that_cannot_be_read_are_refused():
     model = make_model("llama", settings("llama"))
+    with pytest.raises(ValueError, match=r"training mode, .* call model\.eval\(\) first"):
+        loss_by_position(model.train(), texts())
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        measure(model, None, [], (1,))
+    model.eval()
     with pytest.raises(ValueError, match=r"ids has shape \[1, 6\]: it must be \[R, T\] with T above window_size=6"):
         loss_by_position(model, tokens(L)[None])
     most = model.config.text_config.max_position_embeddings
@@ -183,9 +212,38 @@ def test_the_same_bytes_are_spent_on_the_latest_tokens(asked, monkeypatch):
     ((reader, read),) = seen
     assert reader is not model
     assert reader.lm is model.lm
+    assert reader.generation_config is model.generation_config
     info = answers.describe(model.config, dtype=model.dtype)
     before = info.fast_weight_bytes // info.kv_bytes_per_token
+    assert answers.same_bytes(model) == before
+    hybrid = make_model("qwen3_next", settings("qwen3_next"), torch.double)
+    own = answers.describe(hybrid.config, dtype=torch.double)
+    assert 0 < answers.same_bytes(hybrid) < own.fast_weight_bytes // own.kv_bytes_per_token
     for row, recent in zip(rows, read, strict=True):
         start = max(0, 2 * L - before)
         assert recent["input_ids"] == row["input_ids"][start:]
         assert "sleep_after" not in recent
+
+
+def test_where_eviction_keeps_tokens_the_last_window_has_them(asked, monkeypatch):
+    _, task, rows = asked
+    for eviction, before in (("sliding", L - 1), ("hard+sink", 2), ("hard", 0)):
+        model = make_model("llama", settings("llama", eviction), torch.double)
+        read = answers.read_by("last_window", model, rows)
+        assert [row["input_ids"] for row in read] == [row["input_ids"][2 * L - before :] for row in rows]
+    slept = []
+    model = make_model("llama", settings("llama", "sliding"), torch.double)
+    with model.on_sleep(slept.append):
+        answers._control("last_window", model, task, rows, 4)
+    assert not slept
+
+
+def test_what_has_no_positions_is_left_out_and_said(asked):
+    model, task, _ = asked
+    most = model.config.text_config.max_position_embeddings
+    long = LastWord(word_tokenizer(), windows=most // L + 1, window_size=L)
+    found = run_test(model, "last", [long], (1,), rows=1)
+    assert found.left_out.keys() == {"full"}
+    assert f"and the base has {most} positions" in found.left_out["full"]
+    assert {score["reads"] for score in found.scores} == {"all", "last_window", "same_bytes"}
+    assert not run_test(model, "last", [task], (1,), rows=1).left_out

@@ -12,8 +12,10 @@ from transformers import GenerationConfig
 
 from ..data import LongText, Task
 from ..data.task import Row
+from ..engine.slots import Block
 from ..info import describe
 from ..labels import IGNORED
+from ..memory import Memory
 from ..modeling import SleepForCausalLM
 from ..training import SleepCollator
 
@@ -120,10 +122,11 @@ def measure(
 ) -> list[Score]:
     """Ask a model about rows, at each N and with the controls, which are the same at any N.
 
-    `all` reads everything, and sleeps on the way. `last_window` reads what stands in the window of the question alone.
-    `full` reads everything and never sleeps: with untrained blocks that is the base itself. `same_bytes` is the base
-    without what was injected; beside the window of the question it reads as many tokens before it as their keys and
-    values take the bytes of the model's fast weights.
+    `all` reads everything, and sleeps on the way. `last_window` reads what stands in the window of the question alone,
+    and before it as many tokens as the eviction keeps the KV of. `full` reads everything and never sleeps: with
+    untrained blocks that is the base itself, of one that was pre-trained with loops in one of them. `same_bytes` is the
+    base without what was injected; beside the window of the question it reads as many tokens before it as their keys
+    and values take the bytes of what was injected.
 
     Args:
         model: in eval mode.
@@ -133,10 +136,14 @@ def measure(
         batch_size: rows that are read at once.
         controls: some of `CONTROLS`; `same_bytes` needs weights that are not sharded.
 
+    Raises:
+        ValueError: a model in training mode, or a control that would read more than the base has positions for.
+
     Returns:
         By way of reading, difficulty and, where rows have one, mode: `accuracy`, `chance`, the number of answers `n`,
         and `right`, which has a digit for each, in order.
     """
+    check_mode(model)
     judged: list[tuple[str, int, Judged]] = []
     for passes in sleep_passes:
         with model.sleeping(sleep_passes=passes):
@@ -146,17 +153,44 @@ def measure(
 
 
 def _control(name: str, model: SleepForCausalLM, task: Task, rows: Sequence[Row], batch_size: int) -> Judged:
-    size, longest = model.config.sleep.window_size, max(len(row["input_ids"]) for row in rows)
-    if name == "last_window":
-        return judge(model, task, [last_window(row, size) for row in rows], batch_size)
-    reader, before = model, longest
+    read = read_by(name, model, rows)
+    if name == "last_window" and not model.config.sleep.make_eviction().most_retained:
+        return judge(model, task, read, batch_size)
+    reader = model
     if name == "same_bytes":
-        info = describe(model.config, dtype=model.dtype)
-        before = info.fast_weight_bytes // max(info.kv_bytes_per_token, 1)
         reader = SleepForCausalLM.from_base(model.lm, model.config.sleep, model.config.probed).eval()
-    rows = [without_sleep(last_window(row, size, before)) for row in rows]
-    with reader.sleeping(window_size=max(size, longest + getattr(task, "new_tokens", 0))):
-        return judge(reader, task, rows, batch_size)
+        reader.generation_config = model.generation_config
+    with reader.sleeping(window_size=max(model.config.sleep.window_size, longest(task, read))):
+        return judge(reader, task, read, batch_size)
+
+
+def read_by(control: str, model: SleepForCausalLM, rows: Sequence[Row]) -> list[Row]:
+    """The part of rows that a control reads."""
+    size, whole = model.config.sleep.window_size, max(len(row["input_ids"]) for row in rows)
+    retained = model.config.sleep.make_eviction().most_retained
+    before = {"full": whole, "last_window": retained, "same_bytes": same_bytes(model)}[control]
+    read = [last_window(row, size, before) for row in rows]
+    return read if control == "last_window" and not retained else list(map(without_sleep, read))
+
+
+def longest(task: Task, rows: Sequence[Row]) -> int:
+    """Most tokens that are read and generated for a row."""
+    return max(len(row["input_ids"]) for row in rows) + getattr(task, "new_tokens", 0)
+
+
+def same_bytes(model: SleepForCausalLM) -> int:
+    """Tokens whose keys and values in the base take the bytes of the fast weights that were injected."""
+    slots = [slot for slot in model._sleeper().order.slots if isinstance(slot, Block)]
+    injected = Memory(carried=tuple(slot.empty(1, model.dtype) for slot in slots)).num_bytes()
+    return injected // max(describe(model.config, dtype=model.dtype).kv_bytes_per_token, 1)
+
+
+def check_mode(model: SleepForCausalLM) -> None:
+    """Refuse a model in training mode."""
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, in which dropout would be measured too: call model.eval() first"
+        )
 
 
 def _scores(judged: Judged, task: Task, rows: Sequence[Row], reads: str, passes: int) -> list[Score]:

@@ -12,9 +12,12 @@ from ..cache import SleepCache
 from ..info import most_passes
 from ..memory import FastWeights, Memory
 from ..modeling import SleepForCausalLM
+from .answers import check_mode
 
 FULL, WINDOW, ZEROED = "full context", "window alone", "memory zeroed"
 RESAMPLES = 2000
+FEWEST_ROWS = 5
+"""Of which an interval is told."""
 
 
 def asleep(passes: int) -> str:
@@ -48,7 +51,8 @@ class PositionLosses:
 
         Returns:
             The share, and the ends of its 95 % interval over rows (bootstrap). Beyond the window alone 1 is as good as
-            the full context, 0 as to forget, and below it is worse; NaN where a full context does not help.
+            the full context, 0 as to forget, and below it is worse. NaN where a full context does not help; the ends
+            too where it does not in a part of the draws, and of fewer than 5 rows.
         """
         names = (WINDOW, FULL, beyond, reads)
         window, full, without, mine = (self.losses[name][:, self.window_size :].sum(1) for name in names)
@@ -56,6 +60,8 @@ class PositionLosses:
         drawn = torch.randint(len(window), (RESAMPLES, len(window)), generator=torch.Generator().manual_seed(0))
         shares = _share(gained[drawn].sum(1), available[drawn].sum(1))
         low, high = torch.quantile(shares, torch.tensor([0.025, 0.975])).tolist()
+        if len(window) < FEWEST_ROWS:
+            low = high = math.nan
         return _share(gained.sum(), available.sum()).item(), low, high
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,14 +71,19 @@ class PositionLosses:
         """
         ways: dict[str, Any] = {}
         for reads in self.losses:
-            ways[reads] = {"loss_by_window": [round(loss, 4) for loss in self.by_window(reads)]}
+            ways[reads] = {"loss_by_window": [_plain(round(loss, 4)) for loss in self.by_window(reads)]}
             if reads in (FULL, WINDOW):
                 continue
             for name, beyond in (("recovered", WINDOW), ("by_memory", ZEROED)):
-                share, *ends = (None if math.isnan(value) else value for value in self.recovered(reads, beyond))
+                share, *ends = map(_plain, self.recovered(reads, beyond))
                 ways[reads] |= {name: share, f"{name}_95": ends}
         rows, tokens = self.losses[FULL].shape
         return {"window_size": self.window_size, "rows": rows, "tokens": tokens + 1, "reads": ways}
+
+
+def _plain(value: float) -> float | None:
+    """A number as JSON can have it."""
+    return value if math.isfinite(value) else None
 
 
 def _share(gained: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
@@ -112,16 +123,33 @@ def losses_asleep(
 
 
 def losses_of_base(model: SleepForCausalLM, ids: torch.Tensor, batch_size: int = 1) -> dict[str, torch.Tensor]:
-    """The part of `loss_by_position` that a model's base alone makes: its window alone, and its full context."""
+    """The part of `loss_by_position` that a model's base alone makes: its window alone, and its full context.
+
+    A base that was pre-trained with loops reads with all of them, and a window without what the eviction keeps.
+    """
     check_rows(model, ids)
+    if model.decoder.base_loops > 1:
+        size = model.config.sleep.window_size
+        return {WINDOW: _of_loops(model, ids, batch_size, size), FULL: _of_loops(model, ids, batch_size, ids.shape[1])}
     base = SleepForCausalLM.from_base(model.lm, model.config.sleep, model.config.probed).eval()
     window = _losses(base, ids, 1, batch_size, forgets=True)
     with base.sleeping(window_size=ids.shape[1]):
         return {WINDOW: window, FULL: _losses(base, ids, 1, batch_size, chunk=model.config.sleep.window_size)}
 
 
+@torch.no_grad()
+def _of_loops(model: SleepForCausalLM, ids: torch.Tensor, batch_size: int, size: int) -> torch.Tensor:
+    """Losses `[R, T - 1]` of the base's own forward, which begins with nothing after every `size` tokens."""
+    found = []
+    for rows in ids.to(model.device).split(batch_size):
+        logits = torch.cat([model.lm(input_ids=part, use_cache=False).logits for part in rows.split(size, dim=1)], 1)
+        found.append(F.cross_entropy(logits[:, :-1].float().transpose(1, 2), rows[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
+
+
 def check_rows(model: SleepForCausalLM, ids: torch.Tensor) -> None:
-    """Check that rows are longer than a window, and no longer than a full context can be."""
+    """Check that rows are longer than a window, and no longer than a full context can be; and that nothing trains."""
+    check_mode(model)
     size, most = model.config.sleep.window_size, getattr(model.config.text_config, "max_position_embeddings", None)
     if ids.dim() != 2 or ids.shape[1] <= size:
         raise ValueError(f"ids has shape {list(ids.shape)}: it must be [R, T] with T above window_size={size}")

@@ -65,7 +65,9 @@ def position_table(found: PositionLosses) -> str:
 
 
 def _share(share: float, low: float, high: float) -> str:
-    return "nothing to recover" if math.isnan(share) else f"{share:.1%} ({low:.1%} to {high:.1%})"
+    if math.isnan(share):
+        return "nothing to recover"
+    return f"{share:.1%}" if math.isnan(low) or math.isnan(high) else f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

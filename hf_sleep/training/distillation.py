@@ -135,7 +135,16 @@ class Teacher:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, 0 at pads, which may stand at either end; `None`: no pads.
             wanted: `[B, T]`, columns at which to say what comes next.
+
+        Raises:
+            ValueError: rows longer than the base has positions for.
         """
+        most = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and input_ids.shape[1] > most:
+            raise ValueError(
+                f"Teacher: rows have {input_ids.shape[1]} columns, and the base has {most} positions to read them with "
+                "its full context: give shorter rows, or do without a teacher"
+            )
         layout = Layout.of_all(*input_ids.shape) if attention_mask is None else Layout.of_mask(attention_mask)
         rows, columns = (index.to(input_ids.device) for index in wanted.nonzero(as_tuple=True))
         places = columns - torch.tensor(layout.start, device=input_ids.device)[rows]
@@ -212,7 +221,7 @@ class DistillationTrainer(SleepTrainer):
             settings = self.distillation.top_k, self.distillation.chunk_tokens
             teacher = Teacher(self.model, *settings, copied=True if self.is_fsdp_enabled else None)
         self.teacher = teacher
-        self._sums: list[torch.Tensor] = []
+        self._sums = torch.zeros(3, device=self.args.device)
         if teacher is not None and teacher.is_copy:
             teacher.lm.to(self.args.device)
 
@@ -243,7 +252,7 @@ class DistillationTrainer(SleepTrainer):
                 apart = said.divergence(logits, log_z, rows, columns)
             # With checkpointing every window counts twice, so their means are the same.
             parts = entropy.detach(), apart.detach(), torch.ones_like(entropy)
-            self._sums.append(torch.stack(parts).sum(1).float().to(self.args.device))
+            self._sums = self._sums + torch.stack(parts).sum(1).float().to(self.args.device)
             each = (1 - share) * entropy + share * apart
             return (each if weights is None else weights[rows, columns] * each).sum()
 
@@ -256,8 +265,7 @@ class DistillationTrainer(SleepTrainer):
 
     def _means(self) -> dict[str, float]:
         """What the loss was made of since this was last asked, over all ranks."""
-        sums = torch.stack([torch.zeros(3, device=self.args.device), *self._sums]).sum(0)
-        self._sums.clear()
+        sums, self._sums = self._sums, torch.zeros_like(self._sums)
         entropy, apart, count = self.accelerator.reduce(sums, "sum").tolist()
         if not count:
             return {}

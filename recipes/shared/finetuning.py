@@ -69,7 +69,6 @@ class Retrofit(InParts):
     gradient_accumulation_steps: int = argument(1, "batches per optimizer step")
     muon_learning_rate: float = argument(1e-2, "of the matrices; 0: AdamW for everything")
     learning_rate: float = argument(1e-3, "of AdamW, for all that Muon does not take")
-    hard_warmup_steps: int = argument(0, "first steps: hard eviction, fast weights alone")
     whole_model: bool = argument(False, "train the base too, not just the fast weights")
     checkpointing: bool = argument(False, "recompute passes in the backward, to save memory")
     bf16: bool = argument(False, "compute in bfloat16, by autocast; by default where the machine has it")
@@ -88,6 +87,7 @@ class Retrofit(InParts):
 class FineTuning(Retrofit):
     """The arguments of all recipes that fine-tune on a task."""
 
+    hard_warmup_steps: int = argument(0, "first steps: hard eviction, fast weights alone")
     eval_passes: list[int] | None = argument(None, "each N to answer with; None: --sleep-passes")
     eval_problems: int = argument(160, "test problems")
 

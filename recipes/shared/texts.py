@@ -51,7 +51,7 @@ def read(file: Path) -> str:
 
 
 def rows_of(name: str, column: str, split: str) -> Iterator[str]:
-    """The texts in a column of a dataset, row by row."""
+    """The texts in a column of a dataset, row by row; rows without one are empty."""
     path = Path(name)
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         loaded = datasets.load_from_disk(name)
@@ -62,4 +62,4 @@ def rows_of(name: str, column: str, split: str) -> Iterator[str]:
         data = datasets.load_dataset(name, split=split)
     if column not in data.column_names:
         raise SystemExit(f"--column {column}: the dataset {name} has {', '.join(data.column_names)}")
-    return (row[column] for row in data.select_columns(column))
+    return (row[column] or "" for row in data.select_columns(column))
