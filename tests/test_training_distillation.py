@@ -261,6 +261,14 @@ def test_a_teacher_has_no_adapter_and_no_dropout():
 # Weights.
 
 
+def test_a_teacher_reads_no_further_than_its_positions():
+    model = tiny("llama")
+    most = model.config.text_config.max_position_embeddings
+    ids = torch.zeros(1, most + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"rows have {most + 1} columns, and the base has {most} positions"):
+        Teacher(model).read(ids, None, ids == 1)
+
+
 def test_spans_recur_when_their_last_occurrence_is_far():
     ids = [1, 2, 3, 9, 9, 9, 1, 2, 3, 4, 1, 2, 3]
     assert [i for i, found in enumerate(recurring(ids, 3, 5)) if found] == [8]
