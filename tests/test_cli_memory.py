@@ -44,6 +44,14 @@ def _quiet():
     logging.enable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """A shell lets what it starts in the background ignore Ctrl-C, pytest too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
