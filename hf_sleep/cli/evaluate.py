@@ -98,7 +98,7 @@ def evaluate(
 
 @contextmanager
 def _left_out(title: str) -> Iterator[None]:
-    """Say what cannot be measured, and why, and go on to what can."""
+    """Say what cannot be measured, and why, and continue with what can."""
     try:
         yield
     except ValueError as error:
