@@ -221,6 +221,10 @@ def test_what_cannot_be_measured_ends_nothing_else(base, tmp_path):
     found, said = evaluate(base, "position", "mqar", *options)
     assert found["test"] == "mqar"
     assert "Left out: position: the text has" in said
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    result = run(base, "position", "--text", tmp_path / "empty.txt")
+    assert result.exit_code == 1
+    assert "Left out: position: the text has 0 tokens" in result.stderr
     (tmp_path / "latin.txt").write_bytes("müde".encode("latin-1"))
     result = run(base, "position", "--text", tmp_path / "latin.txt")
     assert result.exit_code == 1

@@ -78,7 +78,7 @@ def evaluate(
             raise ValueError(f"{unknown[0]} is no test: there are {', '.join((POSITION, *TESTS, *TASKS))}")
         settings, windows = _settings(task_settings), windows or (4,)
         _check(chosen, windows, passes or ())
-        read = _texts(text or ()) if POSITION in chosen else ""
+        read = _texts(text) if text else None
         loaded, tokenizer = load_model(model, how, needs_tokenizer=not set(chosen) <= WITHOUT_WORDS)
         asked = Asked(model, loaded, tokenizer, tuple(passes or _own_passes(loaded)), batch_size, problems, seed)
         report = Report(asked, output, is_shown=not json)
@@ -180,7 +180,7 @@ def _own_passes(model: Any) -> Sequence[int]:
     return (most_passes(model.config.sleep),)
 
 
-def _measure_position(report: Report, text: str, windows: int) -> None:
+def _measure_position(report: Report, text: str | None, windows: int) -> None:
     from ..eval import loss_by_position
     from ..eval.report import plot_positions, position_table
 
@@ -206,15 +206,16 @@ def _texts(files: Sequence[Path]) -> str:
     return "\n\n".join(texts)
 
 
-def _text_rows(asked: Asked, text: str, windows: int) -> "torch.Tensor":
+def _text_rows(asked: Asked, text: str | None, windows: int) -> "torch.Tensor":
     """Rows `[R, windows · L]` of a text, or of our own: as many as it has, and as there are problems."""
     import pydoc_data.topics
 
     import torch
 
     length = windows * asked.model.config.sleep.window_size
-    ids = asked.tokenizer(text or "\n\n".join(pydoc_data.topics.topics.values()), verbose=False).input_ids
-    ids = ids if text else ids[int(len(ids) * (1 - HELD_OUT)) :]
+    own = "\n\n".join(pydoc_data.topics.topics.values())
+    ids = asked.tokenizer(own if text is None else text, verbose=False).input_ids
+    ids = ids[int(len(ids) * (1 - HELD_OUT)) :] if text is None else ids
     rows = min(len(ids) // length, asked.problems)
     if not rows:
         raise ValueError(f"the text has {len(ids)} tokens, and a row {length}: give more --text, or fewer --windows")
