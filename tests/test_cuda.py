@@ -1,0 +1,143 @@
+"""A GPU computes what the CPU computes, which the laws hold: in float64 to rounding, in bfloat16 with fla's kernels."""
+
+import importlib.util
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from families import FAMILIES, exact, tokens
+from helpers import EVICTIONS, L, T, assert_close, labelled_batch, loss_and_gradients, pad, sleeper, stream
+
+from hf_sleep import SleepCache, SleepState, ops
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CASES = [
+    f"{f}/{e}/N{1 + (i + j) % 4}/{('all', '1-3', '0-2')[(i + j) % 3]}{('', '/gate', '/once')[(i // 4 + j) % 3]}"
+    for i, f in enumerate(FAMILIES)
+    for j, e in enumerate(EVICTIONS)
+]
+# Stock hybrids take fla's gated norm where it is installed, which runs on a GPU alone and in float32.
+STOCK = {"qwen3_next", "qwen3_5", "olmo_hybrid", "olmo_hybrid_nope", "kimi_linear"}
+HAS_FLA = all(importlib.util.find_spec(name) for name in ("fla", "triton"))
+EXACT = [case for case in CASES if not (HAS_FLA and case.split("/")[0] in STOCK)]
+
+
+def both(case: str):
+    """The case's model on the CPU, and a copy of it on the GPU."""
+    return sleeper(case), sleeper(case).cuda()
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_reading_in_pieces_and_what_is_remembered(case):
+    here, there = both(case)
+    rows = [tokens(T), tokens(L + 3, 2), tokens(2 * L, 3)]
+    ids, mask = pad(rows, "right")
+    with torch.no_grad(), exact():
+        expected, kept = stream(here, ids, (4, L, T - L - 4), attention_mask=mask)
+        found, cache = stream(there, ids.cuda(), (1, T - 1), attention_mask=mask.cuda())
+    assert_close(found.cpu()[mask.bool()], expected[mask.bool()], what="logits")
+    for slot in kept.fast_slots:
+        for mine, theirs in zip(cache.memory.carried[slot], kept.memory.carried[slot], strict=True):
+            assert mine.is_cuda
+            assert_close(mine.cpu(), theirs, what=f"fast weights {slot}")
+
+
+@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients(case, checkpointing):
+    here, there = both(case)
+    _, _, batch = labelled_batch(case)
+    there.gradient_checkpointing = checkpointing
+    with exact():
+        loss, gradients = loss_and_gradients(here.train(), here(**batch).loss)
+        there.train()
+        found, theirs = loss_and_gradients(there, there(**{name: t.cuda() for name, t in batch.items()}).loss)
+    assert_close(found.cpu(), loss, what="loss")
+    for name, gradient in gradients.items():
+        assert_close(theirs[name].cpu(), gradient, 1e-8, what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", EXACT[::3])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_of_a_ragged_batch(case, beams):
+    here, there = both(case)
+    ids, mask = pad([tokens(T), tokens(4, 2), tokens(L, 3)], "left")
+    settings = {"max_new_tokens": 2 * L, "do_sample": False, "num_beams": beams}
+    with exact():
+        expected = here.generate(ids, attention_mask=mask, **settings)
+        assert torch.equal(there.generate(ids.cuda(), attention_mask=mask.cuda(), **settings).cpu(), expected)
+
+
+@pytest.mark.parametrize("case", EXACT[::5])
+def test_a_memory_goes_from_one_device_to_the_other(case, tmp_path):
+    here, there = both(case)
+    ids = tokens(T)[None]
+    with torch.no_grad(), exact():
+        cache = SleepCache()
+        there(ids.cuda(), cache=cache)
+        there.sleep(cache)
+        SleepState.from_cache(there, cache).save(tmp_path / "memory.sleep")
+        resumed = SleepState.load(tmp_path / "memory.sleep").to_cache(here)
+        more = tokens(3, 5)[None]
+        assert_close(there(more.cuda(), cache=cache).logits.cpu(), here(more, cache=resumed).logits)
+
+
+# In bfloat16, with fla's kernels where they are.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("eviction", ["hard", "sliding+sink"])
+def test_bfloat16_is_as_near_as_torch_on_the_cpu(family, eviction):
+    case, ids = f"{family}/{eviction}/N2/all", tokens(T)[None]
+    there = sleeper(case, torch.bfloat16).cuda()
+    with torch.no_grad():
+        found = there(ids.cuda()).logits.cpu().double()
+        by_steps = stream(there, ids.cuda(), [1] * T)[0].cpu().double()
+    with torch.no_grad(), torch_kernels():
+        by_torch = there(ids.cuda()).logits.cpu().double()
+    scale = by_torch.abs().max()
+    assert (found - by_torch).abs().max() < 0.1 * scale
+    assert (by_steps - by_torch).abs().max() < 0.1 * scale
+
+
+def torch_kernels():
+    """Let torch compute the gated delta rule, fla or not."""
+    return mock.patch.object(ops.fla, "backend", return_value="torch") if HAS_FLA else nullcontext()
+
+
+def _inputs(length: int, key: int, value: int):
+    generator = torch.Generator().manual_seed(length)
+    shape = (4, length, 3)
+    inputs = [torch.randn(*shape, width, generator=generator) for width in (key, key, value)]
+    inputs += [-torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)]
+    inputs.append(torch.randn(4, 3, key, value, generator=generator))
+    kept = [torch.bfloat16] * 3 + [torch.float32, torch.bfloat16, torch.float32]
+    return [t.to(dtype) for t, dtype in zip(inputs, kept, strict=True)]
+
+
+def _run(rule, inputs, lengths, device, dtype=None):
+    leaves = [t.to(device, dtype or t.dtype).requires_grad_() for t in inputs]
+    o, state = rule(*leaves, lengths=lengths.to(device))
+    real = (torch.arange(o.shape[1], device=o.device) < lengths.to(device)[:, None])[..., None, None]
+    loss = (torch.where(real, o, 0).double().sin().sum() + state.double().sin().sum()) / o.shape[1]
+    return [t.detach().cpu().double() for t in (o, state, *torch.autograd.grad(loss, leaves))]
+
+
+@pytest.mark.skipif(not HAS_FLA, reason="needs flash-linear-attention")
+@pytest.mark.parametrize(("key", "value"), [(64, 64), (96, 256), (128, 128), (8, 16)])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+def test_flas_kernels_are_as_near_as_torchs(length, key, value):
+    """Forward and all six gradients in bfloat16, ragged, a row of length 0 among them."""
+    inputs = _inputs(length, key, value)
+    lengths = torch.tensor([length, 0, (length + 1) // 2, length])
+    expected = _run(ops.naive_gated_delta_rule, inputs, lengths, "cpu", torch.float64)
+    found = _run(ops.gated_delta_rule, inputs, lengths, "cuda")
+    with torch_kernels():
+        by_torch = _run(ops.gated_delta_rule, inputs, lengths, "cuda")
+    names = ("o", "state", "q", "k", "v", "g", "beta", "initial state")
+    for name, mine, torchs, right in zip(names, found, by_torch, expected, strict=True):
+        scale = max(right.norm().item(), 1e-12)
+        error, allowed = (mine - right).norm().item() / scale, (torchs - right).norm().item() / scale
+        assert error <= 2e-2 + 2 * allowed, f"{name}: off by {error:.1e}, torch by {allowed:.1e}"
+        assert torch.equal(found[1][1], inputs[-1][1].double())
