@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -346,6 +347,48 @@ def test_fla_is_called_as_its_documentation_says(monkeypatch, tokens):
         inputs[2][1, tokens // 2 :] = torch.nan
     expected = ops.naive_gated_delta_rule(*inputs, lengths=lengths)
     assert_same(delta_rule._run(fla.fla_delta_rule, *inputs, lengths), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "tilelang", "right"),
+    [
+        ((9, 0), "3.6.0", False, False),
+        ((9, 0), "3.4.0", False, False),
+        ((9, 0), "3.6.0", True, True),
+        ((9, 0), "3.3.1", False, True),
+        ((9, 0), "3.7.1", False, True),
+        ((8, 0), "3.6.0", False, True),
+        ((10, 0), "3.6.0", False, True),
+    ],
+)
+def test_wrong_gradients_of_triton_on_hopper_are_not_used(monkeypatch, capability, triton, tilelang, right):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fla, "version", lambda name: triton)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if tilelang else None)
+    fla.has_backward.cache_clear()
+    with nullcontext() if right else pytest.warns(UserWarning, match=r"Triton 3\..*wrong gradients.*triton>=3\.7\.1"):
+        assert fla.has_backward(torch.device("cuda", 0)) is right
+    fla.has_backward.cache_clear()
+
+
+class Card(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("has_backward", [True, False])
+def test_fla_reads_where_it_may_not_be_trained_through(monkeypatch, has_backward):
+    inputs = [x.detach().bfloat16().as_subclass(Card) for x in make_inputs(1, 4, dtype=torch.float32)]
+    monkeypatch.setattr(fla, "backend", lambda device: "fla")
+    monkeypatch.setattr(fla, "has_backward", lambda device: has_backward)
+    monkeypatch.setattr(fla, "fla_delta_rule", lambda *inputs: "fla")
+    monkeypatch.setattr(delta_rule, "chunked_delta_rule", lambda *inputs: "torch")
+    assert delta_rule._fastest_delta_rule(*inputs) == "fla"
+    inputs[2].requires_grad_()
+    assert delta_rule._fastest_delta_rule(*inputs) == ("fla" if has_backward else "torch")
+    with torch.no_grad():
+        assert delta_rule._fastest_delta_rule(*inputs) == "fla"
 
 
 # The short convolutions.

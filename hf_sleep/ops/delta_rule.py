@@ -166,10 +166,12 @@ def _run(
 def _fastest_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if q.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and fla.backend(q.device) == "fla":
-        return fla.fla_delta_rule(q, k, v, g, beta, state)
+    inputs = (q, k, v, g, beta, state)
+    fits = q.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and fla.backend(q.device) == "fla"
+    if fits and (not fla.wants_gradient(*inputs) or fla.has_backward(q.device)):
+        return fla.fla_delta_rule(*inputs)
     form = _step_delta_rule if q.shape[1] == 1 else chunked_delta_rule
-    return form(q, k, v, g, beta, state)
+    return form(*inputs)
 
 
 def _naive_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,10 @@
 import functools
 import importlib.util
 import warnings
+from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 
@@ -12,7 +14,7 @@ def backend(device: torch.device | str) -> str:
     """Name what `gated_delta_rule` uses on `device`: `"fla"` (Triton kernels, for 16-bit values) or `"torch"`.
 
     fla's kernels refuse fp32, so fp32 and fp64 values are computed by torch everywhere. A GPU without fla works, but
-    slowly, and says so once per process.
+    slowly, and says so once per process. Where a gradient is wanted, `has_backward` has a word too.
     """
     if torch.device(device).type != "cuda":
         return "torch"
@@ -32,13 +34,40 @@ def is_available() -> bool:
     return False
 
 
+@functools.cache
+def has_backward(device: torch.device) -> bool:
+    """Tell whether fla's chunked kernels are right in backward on `device`; the first call warns where they are not.
+
+    On Hopper GPUs Triton 3.4 to 3.7.0 computes a wrong gradient. fla refuses it unless tilelang is there, and torch's
+    kernels take its place.
+
+    Source: flash-linear-attention 0.6, `fla/ops/common/chunk_o.py`, and its issue 640.
+    """
+    major, _ = torch.cuda.get_device_capability(device)
+    if major != 9 or not Version("3.4") <= Version(version("triton")) < Version("3.7.1"):
+        return True
+    if importlib.util.find_spec("tilelang") is not None:
+        return True
+    warnings.warn(
+        f"hf_sleep trains the gated delta rule on this GPU with its slow torch fallback, because Triton "
+        f"{version('triton')} computes wrong gradients of flash-linear-attention's kernels on Hopper GPUs: install "
+        "triton>=3.7.1, or tilelang",
+        stacklevel=6,
+    )
+    return False
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def fla_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """A form of the gated delta rule (`delta_rule.Form`) for 16-bit values on a GPU."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     # fla's recurrent kernel has no backward.
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, state))
-    kernel = fused_recurrent_gated_delta_rule if q.shape[1] == 1 and not wants_grad else chunk_gated_delta_rule
+    is_step = q.shape[1] == 1 and not wants_gradient(q, k, v, g, beta, state)
+    kernel = fused_recurrent_gated_delta_rule if is_step else chunk_gated_delta_rule
     o, state = kernel(
         q=q.contiguous().to(v.dtype),
         k=k.contiguous().to(v.dtype),
