@@ -11,10 +11,9 @@ from helpers import EVICTIONS, L, T, assert_close, labelled_batch, loss_and_grad
 
 from hf_sleep import SleepCache, SleepState, ops
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what fla imports
-]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what fla imports
 CASES = [
     f"{f}/{e}/N{1 + (i + j) % 4}/{('all', '1-3', '0-2')[(i + j) % 3]}{('', '/gate', '/once')[(i // 4 + j) % 3]}"
     for i, f in enumerate(FAMILIES)
