@@ -146,7 +146,9 @@ class Memory:
                 return old
             old = new.new_zeros(batch, *new.shape[1:]) if old is None else old
             old, new = _same_width(old, new)
-            return old.index_copy(0, index(new.device), new)
+            # Under autocast what a row begins with is float32, and what it has read is not. A GPU promotes neither.
+            dtype = torch.promote_types(old.dtype, new.dtype)
+            return old.to(dtype).index_copy(0, index(new.device), new.to(dtype))
 
         def pair(old: Any, new: Any) -> Any:
             if new is None:

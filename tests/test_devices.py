@@ -6,6 +6,8 @@ from unittest import mock
 import pytest
 import torch
 from families import FAMILIES, make_base, make_model, sleep_config, tokens
+from helpers import L, pad, sleeper
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
@@ -40,6 +42,26 @@ def test_the_device_has_no_float64():
     for make in (lambda: t.double(), lambda: t.to(torch.float64).cpu(), lambda: torch.mul(t, torch.ones(3).double())):
         with pytest.raises(TypeError, match="no float64"):
             make()
+
+
+class LikeAGPU(TorchFunctionMode):
+    """Where autocast promotes on a CPU alone, refuse two dtypes, as a GPU does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.index_copy and args[0].dtype != args[3].dtype:
+            raise RuntimeError("index_copy_(): self and source expected to have the same dtype")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding+sink"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_some_rows_sleep_under_autocast_without_its_promotion(family, eviction):
+    model, rows = sleeper(f"{family}/{eviction}/N2/all", torch.float32), [tokens(3), tokens(L + 3, 2), tokens(2 * L, 3)]
+    ids, mask = pad(rows, "right")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids, attention_mask=mask).logits
+        with LikeAGPU():
+            assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
