@@ -13,7 +13,10 @@ from hf_sleep import SleepCache, SleepState, ops
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what fla imports
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",  # of what fla imports
+    "ignore:hf_sleep trains the gated delta rule on this GPU with its slow torch fallback",
+)
 CASES = [
     f"{f}/{e}/N{1 + (i + j) % 4}/{('all', '1-3', '0-2')[(i + j) % 3]}{('', '/gate', '/once')[(i // 4 + j) % 3]}"
     for i, f in enumerate(FAMILIES)
@@ -87,20 +90,36 @@ def test_a_memory_goes_from_one_device_to_the_other(case, tmp_path):
 
 # In bfloat16, with fla's kernels where they are.
 
+# A router's choice turns on the last bit, and the others' rounding is amplified by random weights.
+SMOOTH = ("llama", "qwen3", "olmo2", "gemma3", "granite", "glm4")
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("eviction", ["hard", "sliding+sink"])
-def test_bfloat16_is_as_near_as_torch_on_the_cpu(family, eviction):
+
+@pytest.mark.parametrize("family", SMOOTH)
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_bfloat16_is_as_near_as_torchs_kernels_are(family, eviction):
     case, ids = f"{family}/{eviction}/N2/all", tokens(T)[None]
     there = sleeper(case, torch.bfloat16).cuda()
     with torch.no_grad():
+        with exact():
+            right = sleeper(case)(ids).logits
         found = there(ids.cuda()).logits.cpu().double()
         by_steps = stream(there, ids.cuda(), [1] * T)[0].cpu().double()
-    with torch.no_grad(), torch_kernels():
-        by_torch = there(ids.cuda()).logits.cpu().double()
-    scale = by_torch.abs().max()
-    assert (found - by_torch).abs().max() < 0.1 * scale
-    assert (by_steps - by_torch).abs().max() < 0.1 * scale
+        with torch_kernels():
+            by_torch = there(ids.cuda()).logits.cpu().double()
+    allowed = 0.02 + 2 * (by_torch - right).norm() / right.norm()
+    assert (found - right).norm() / right.norm() < allowed
+    assert (by_steps - right).norm() / right.norm() < allowed
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_sleep_at_different_times_under_autocast(family, eviction):
+    model = sleeper(f"{family}/{eviction}/N2/all", torch.float32).cuda()
+    ids, mask = pad([tokens(3), tokens(L + 3, 2), tokens(3 * L, 3)], "right")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model.train()(ids.cuda(), attention_mask=mask.cuda(), labels=ids.cuda()).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.fast_weights.parameters())
 
 
 def torch_kernels():
@@ -118,28 +137,33 @@ def _inputs(length: int, key: int, value: int):
     return [t.to(dtype) for t, dtype in zip(inputs, kept, strict=True)]
 
 
-def _run(rule, inputs, lengths, device, dtype=None):
-    leaves = [t.to(device, dtype or t.dtype).requires_grad_() for t in inputs]
+def _run(rule, inputs, lengths, device, dtype=None, gradients=True):
+    """The output and the state, and the gradients of a loss that reads both."""
+    leaves = [t.to(device, dtype or t.dtype).requires_grad_(gradients) for t in inputs]
     o, state = rule(*leaves, lengths=lengths.to(device))
     real = (torch.arange(o.shape[1], device=o.device) < lengths.to(device)[:, None])[..., None, None]
-    loss = (torch.where(real, o, 0).double().sin().sum() + state.double().sin().sum()) / o.shape[1]
-    return [t.detach().cpu().double() for t in (o, state, *torch.autograd.grad(loss, leaves))]
+    results = [torch.where(real, o, 0), state]
+    if gradients:
+        loss = sum(t.double().sin().sum() for t in results) / o.shape[1]
+        results += torch.autograd.grad(loss, leaves)
+    return [t.detach().cpu().double() for t in results]
 
 
 @pytest.mark.skipif(not HAS_FLA, reason="needs flash-linear-attention")
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (96, 256), (128, 128), (8, 16)])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
 def test_flas_kernels_are_as_near_as_torchs(length, key, value):
-    """Forward and all six gradients in bfloat16, ragged, a row of length 0 among them."""
+    """Forward, and all six gradients where fla has a backward, in bfloat16, ragged, a row of length 0 among them."""
     inputs = _inputs(length, key, value)
     lengths = torch.tensor([length, 0, (length + 1) // 2, length])
-    expected = _run(ops.naive_gated_delta_rule, inputs, lengths, "cpu", torch.float64)
-    found = _run(ops.gated_delta_rule, inputs, lengths, "cuda")
+    gradients = ops.fla.has_backward(torch.device("cuda"))
+    expected = _run(ops.naive_gated_delta_rule, inputs, lengths, "cpu", torch.float64, gradients)
+    found = _run(ops.gated_delta_rule, inputs, lengths, "cuda", gradients=gradients)
     with torch_kernels():
-        by_torch = _run(ops.gated_delta_rule, inputs, lengths, "cuda")
+        by_torch = _run(ops.gated_delta_rule, inputs, lengths, "cuda", gradients=gradients)
     names = ("o", "state", "q", "k", "v", "g", "beta", "initial state")
-    for name, mine, torchs, right in zip(names, found, by_torch, expected, strict=True):
+    for name, mine, torchs, right in zip(names, found, by_torch, expected, strict=False):
         scale = max(right.norm().item(), 1e-12)
         error, allowed = (mine - right).norm().item() / scale, (torchs - right).norm().item() / scale
         assert error <= 2e-2 + 2 * allowed, f"{name}: off by {error:.1e}, torch by {allowed:.1e}"
-        assert torch.equal(found[1][1], inputs[-1][1].double())
+    assert torch.equal(found[1][1], inputs[-1][1].double())

