@@ -1,0 +1,131 @@
+"""What a memory that was taught on plain text still knows: forty facts, read some windows ago.
+
+.venv/bin/python examples/remembering.py          # after `make demo`, which ends with it; on a CPU, under a minute
+.venv/bin/python examples/remembering.py --model runs/remember/model --windows 16
+
+Each of five texts has eight facts about people, among sentences of no consequence. The text is read and slept on, and
+each fact's beginning is put to the reader, who is to go on: `Mr. Harlow was born in the city of`. It is asked of the
+retrofit that was never trained, of the one that was, and of the base with everything in its context. Neither people nor
+forms nor sentences were in the training text. A guess among a form's words is right in one of 10 to 20 cases.
+"""
+
+import argparse
+import random
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, default_dtype
+from hf_sleep.data.haystack import draw_sentence
+
+MEMORY = Path(__file__).parent / "memory"
+TEXTS, FACTS = 5, 8
+PEOPLE = (
+    *("Harlow", "Whitcombe", "Brandt", "Okafor", "Lindqvist", "Moreau", "Castellano", "Fairbanks", "Novak"),
+    *("Petrov", "Ashdown", "Grimaldi", "Thornbury", "Delacroix", "Yamada", "Pemberton"),
+    *("Osgood", "Ravensworth", "Kowalski", "Bellamy"),
+)
+FORMS = {
+    "Mr. {}'s dog is called": "Biscuit Pepper Ginger Shadow Rocky Daisy Copper Misty Bandit Lucky Sunny Tiger Patch",
+    "Mr. {} was born in the city of": "London Paris Rome Berlin Madrid Vienna Lisbon Dublin Oslo Prague Athens Cairo",
+    "Mr. {} earned a living as a": "baker tailor doctor lawyer sailor farmer teacher painter soldier butcher singer",
+    "Mr. {}'s front door was painted": "red blue green yellow black white brown orange purple pink grey silver",
+    "In the evening Mr. {} played the": "piano violin flute guitar drums harp organ trumpet cello banjo",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One that is asked for: its beginning, the word it ends with, and how many windows ago it was read."""
+
+    begins: str
+    ends: str
+    ago: int
+
+
+def tell(number: int, tokenizer: Any, windows: int, window_size: int) -> tuple[list[int], list[Fact]]:
+    """A text of so many full windows, as token ids, and its facts; they stand anywhere but in the last window."""
+    rng = random.Random(number)
+    total, ids, facts = windows * window_size, [], []
+    starts = sorted(rng.randrange((windows - 1) * window_size - 24) for _ in range(FACTS))
+    people = rng.sample(PEOPLE, FACTS)
+    while len(ids) < total:
+        sentence = draw_sentence(rng)
+        if people and len(ids) >= starts[-len(people)]:
+            form = rng.choice(list(FORMS))
+            begins, ends = form.format(people.pop()), rng.choice(FORMS[form].split())
+            facts.append(Fact(begins, ends, windows - len(ids) // window_size))
+            sentence = f" {begins} {ends}."
+        ids += tokenizer(sentence, add_special_tokens=False)["input_ids"]
+    return ids[:total], facts
+
+
+def known(model: SleepForCausalLM, tokenizer: Any, ids: list[int], facts: list[Fact]) -> list[bool]:
+    """Whether `model`, which has read `ids` and slept on all of it, goes on with the right word, for each fact."""
+    cache, right = SleepCache(), []
+    model(torch.tensor([ids], device=model.device), cache=cache, logits_to_keep=1)
+    if len(ids) >= model.config.sleep.window_size:
+        model.sleep(cache)  # the last window too
+    for fact in facts:
+        asked = tokenizer(f"\n{fact.begins}", return_tensors="pt")["input_ids"].to(model.device)
+        mask = torch.ones(1, len(ids) + asked.shape[1], dtype=torch.long, device=model.device)
+        said = model.generate(asked, attention_mask=mask, cache=cache.fork(), max_new_tokens=4, do_sample=False)
+        answer = tokenizer.decode(said[0, asked.shape[1] :])
+        right.append(re.match(r"\W*(\w*)", answer)[1] == fact.ends)
+    return right
+
+
+def readers(trained: SleepForCausalLM, most: int) -> dict[str, SleepForCausalLM]:
+    """Those that are asked, on one base. The last one's window never fills: it is the base with its full cache."""
+    sleep = trained.config.sleep
+    return {
+        "the retrofit, untrained": SleepForCausalLM.from_base(trained.lm, sleep),
+        "the retrofit, trained": trained,
+        "the base, with everything in its context": SleepForCausalLM.from_base(
+            trained.lm, replace(sleep, window_size=most)
+        ),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=str(MEMORY), help="a folder or Hub id of a sleep checkpoint (default: %(default)s)"
+    )
+    parser.add_argument("--windows", type=int, default=8, help="of each text (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    trained = AutoModelForSleepLM.from_pretrained(arguments.model, dtype=default_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(trained.config.base_model_name_or_path)
+    size = trained.config.sleep.window_size
+    texts = [tell(number, tokenizer, arguments.windows, size) for number in range(TEXTS)]
+    facts = [fact for _, some in texts for fact in some]
+    half = arguments.windows // 2
+    console = Console()
+    texts_of = f"{TEXTS} texts of {arguments.windows} windows of {size} tokens"
+    table = Table(title=f"{len(facts)} facts in {texts_of}: how often it goes on with the right word")
+    for name in ("", "all", f"read up to {half} windows ago", "longer ago"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, model in readers(trained, arguments.windows * size + size).items():
+        right = [answer for ids, some in texts for answer in known(model, tokenizer, ids, some)]
+        kinds = [lambda fact: True, lambda fact: fact.ago <= half, lambda fact: fact.ago > half]
+        shares = []
+        for kind in kinds:
+            of = [answer for answer, fact in zip(right, facts, strict=True) if kind(fact)]
+            shares.append(f"{sum(of)} of {len(of)}")
+        table.add_row(name, *shares)
+    console.print(table)
+    fact = facts[0]
+    console.print(f"One of them: {fact.begins!r}, {fact.ends!r}, read {fact.ago} windows ago", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
