@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from transformers import modeling_outputs
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 from transformers.utils.deprecation import deprecate_kwarg
 
 TRANSFORMERS = Version(transformers.__version__)
@@ -25,6 +25,22 @@ CACHE = "cache" if _RENAMED else "past_key_values"
 # With 5.23, which renamed the training argument and the model's methods; of the old names it warns.
 CHECKPOINTING = "activation_checkpointing" if Version("5.23.0.dev0") <= TRANSFORMERS else "gradient_checkpointing"
 """The training argument that recomputes activations, and with `_enable` the model's method."""
+
+# No public function of transformers tells a file that is not there from one that cannot be reached.
+
+
+def file_of(name: str, file: str, *but: str, **hub: Any) -> str | None:
+    """Path of a file of a folder or Hub repository, downloaded where need be; `None` where it has none.
+
+    Args:
+        name: of the folder or repository.
+        file: its name there.
+        but: what else gives `None`: `"gated_repo"`, `"connection_errors"`.
+        hub: keywords of `cached_file`.
+    """
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", *but)}
+    return cached_file(name, file, **quiet, **hub)
+
 
 if _RENAMED:
     CausalLMOutputWithPast = modeling_outputs.CausalLMOutputWithPast

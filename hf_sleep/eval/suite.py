@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
+from ..compat import file_of
 from ..data import MQAR, RULER, Depo, Facts, GSMInfinite, KHop, Managers, Rule110, Task
 from ..data.task import Row
 from ..modeling import SleepForCausalLM
@@ -167,10 +166,7 @@ def trained_on(model: str, revision: str | None = None) -> dict[str, Any]:
         model: folder or Hub id.
         revision: of it.
     """
-    missing = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    file = cached_file(model, TASK_FILE, revision=revision, **missing)
+    file = file_of(model, TASK_FILE, "gated_repo", "connection_errors", revision=revision)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 

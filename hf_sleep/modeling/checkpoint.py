@@ -12,8 +12,9 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, logging
 
+from ..compat import file_of
 from ..config import SleepConfig
 from ..engine import pass_policy, policy_fields
 from ..hub import (
@@ -291,7 +292,7 @@ def _config_of(
     if isinstance(given, PreTrainedConfig):
         file = None
         if name is not None:
-            file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+            file = file_of(name, CONFIG_NAME, **hub)
         if file is not None:
             check_model_type(json.loads(Path(file).read_text(encoding="utf-8")).get("model_type"), name)
         check_model_type(given.model_type, f"config={type(given).__name__}(...)")
