@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hf_sleep import AutoModelForSleepLM
 from hf_sleep.cli import app
 from hf_sleep.data import GSMInfinite, KHop
-from hf_sleep.eval import answers, loss_by_position
+from hf_sleep.eval import answers, forgetting, loss_by_position
 from hf_sleep.eval.report import by_difficulty
 from hf_sleep.eval.suite import PAIRS, TESTS
 from hf_sleep.training import SleepTrainer, SleepTrainingArguments
@@ -184,6 +184,21 @@ def test_text_is_read_by_position(base, tokenizer, tmp_path):
     assert "give more --text, or fewer --windows" in result.stderr
 
 
+def test_forgetting_is_measured_over_windows_of_other_text(base, tokenizer, tmp_path):
+    (tmp_path / "text.md").write_text(GSMInfinite(tokens=(0, 0)).problem(1).prompt * 20, encoding="utf-8")
+    options = ["--window-size", "16", "--windows", "1,4", "--problems", "5", "--text", tmp_path / "text.md"]
+    found, _ = evaluate(base, "forgetting", "--passes", "2", *options, "--output", tmp_path / "out")
+    ids = torch.tensor(tokenizer((tmp_path / "text.md").read_text(encoding="utf-8")).input_ids)
+    model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 16}).eval()
+    expected = forgetting(model, ids, (1, 4), texts=5, passes=2, batch_size=4).to_dict()
+    assert {name: found[name] for name in expected} == expected
+    assert "| windows in between | 0 | 1 | 4 |" in (tmp_path / "out" / "eval.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "forgetting-N-2.png").stat().st_size > 5_000
+    result = run(base, "forgetting", "--window-size", "16", "--windows", "9999")
+    assert result.exit_code == 1
+    assert "Left out: forgetting: the text has" in result.stderr
+
+
 @pytest.mark.parametrize("test", TESTS)
 def test_every_test_runs(base, test, tmp_path):
     options = ["--window-size", "256", "--windows", "4", "--problems", "2", "--output", tmp_path]
@@ -198,7 +213,7 @@ def test_every_test_runs(base, test, tmp_path):
 def test_what_cannot_be_asked_is_said(base):
     result = run(base, "nonsense")
     assert result.exit_code == 1
-    assert "nonsense is no test: there are position, niah_single_1" in result.stderr
+    assert "nonsense is no test: there are position, forgetting, niah_single_1" in result.stderr
     result = run(base, "khop", "--task-settings", "[1]")
     assert "--task-settings [1]: it must be a JSON object" in result.stderr
     for option, said in (

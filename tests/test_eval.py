@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from families import FAMILIES, make_base, make_config, make_model, sleep_config, tokens
+from families import FAMILIES, exact, make_base, make_config, make_model, sleep_config, tokens
 from helpers import EVICTIONS, word_tokenizer, words
 from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepForCausalLM
 from hf_sleep.data import MQAR, LongText
 from hf_sleep.data.long_text import Told
-from hf_sleep.eval import PositionLosses, answers, judge, loss_by_position, measure
+from hf_sleep.eval import PositionLosses, answers, forgetting, judge, loss_by_position, measure
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
 from hf_sleep.eval.report import position_table
 from hf_sleep.eval.suite import run_test
@@ -92,6 +92,37 @@ def test_the_share_recovered_is_that_of_the_gain():
     assert math.isnan(useless.recovered("sleep")[0])
     assert useless.to_dict()["reads"]["sleep"]["recovered"] is None
     assert "nothing to recover" in position_table(useless)
+
+
+@every_family
+@every_eviction
+def test_forgetting_is_the_loss_of_one_call_over_both_texts(family, eviction):
+    model, text = make_model(family, settings(family, eviction), torch.double), tokens(30 * L)
+    circle, expected, alone = torch.cat((text, text)), [], []
+    with torch.no_grad(), exact():
+        found = forgetting(model, text, (1, 3), texts=3, passes=2, batch_size=2)
+        for start in (0, 10 * L, 20 * L):
+            told, asked, others = (circle[start + a * L :][: n * L] for a, n in ((0, 4), (4, 1), (15, 3)))
+            for windows in found.between:
+                ids = torch.cat((told, others[: windows * L], asked))[None]
+                expected.append(losses(model(ids, sleep_passes=2).logits, ids)[0, -L + 1 :])
+            alone.append(losses(model(asked[None]).logits, asked[None]))
+    assert found.between == (0, 1, 3)
+    torch.testing.assert_close(found.losses.flatten(0, 1), torch.stack(expected))
+    if eviction == "hard":
+        torch.testing.assert_close(found.zeroed, torch.cat(alone)[:, None].expand_as(found.zeroed))
+    for gained, low, high in found.gained():
+        assert low <= gained <= high
+    means = (found.zeroed - found.losses).mean((0, 2))
+    assert [gained for gained, _, _ in found.gained()] == pytest.approx(means.tolist(), abs=1e-6)
+
+
+def test_forgetting_takes_text_enough_for_texts_and_what_is_between():
+    model = make_model("llama", settings("llama"))
+    with pytest.raises(ValueError, match=r"the text has 95 tokens, and forgetting over 3 windows of 6 takes 96"):
+        forgetting(model, tokens(95), (3,), texts=2, passes=1)
+    with pytest.raises(ValueError, match=r"training mode"):
+        forgetting(model.train(), tokens(96), (3,), texts=2, passes=1)
 
 
 def test_a_base_that_was_made_with_loops_reads_with_all_of_them():

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from ..data import Task
 
-POSITION = "position"
+POSITION, FORGETTING = "position", "forgetting"
+OF_TEXT = (POSITION, FORGETTING)
 WITHOUT_WORDS = {"mqar", "khop", "depo", "rule110"}
 """Tests on token ids, which need no tokenizer."""
 HELD_OUT = 0.045
@@ -36,9 +37,9 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[TEST]...",
-            help="position; RULER's niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, "
-            "cwe, fwe; facts; mqar; or a recipe's task: gsm_infinite, managers, khop, depo, rule110. By default "
-            "position and niah_single_2.",
+            help="position; forgetting; RULER's niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, "
+            "niah_multiquery, vt, cwe, fwe; facts; mqar; or a recipe's task: gsm_infinite, managers, khop, depo, "
+            "rule110. By default position and niah_single_2.",
         ),
     ] = None,
     *,
@@ -51,7 +52,9 @@ def evaluate(
     problems: Annotated[int, typer.Option(min=1, metavar="N", help="Of each test.")] = 20,
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Read for position. By default the end of Python's language reference."),
+        typer.Option(
+            metavar="FILE", help="Read for position and forgetting. By default the end of Python's language reference."
+        ),
     ] = None,
     task_settings: Annotated[
         str, typer.Option(metavar="JSON", help="Fields of a recipe's task. By default those that MODEL was trained on.")
@@ -67,15 +70,16 @@ def evaluate(
     """Measure what MODEL remembers of text that has left its window, at each N and with controls.
 
     Position is the loss over positions in a long text, and the share of what a full context gains over the window alone
-    that memory gives back. The other tests ask questions. Their controls are the last window alone, the full context,
-    and the base with a KV cache of as many bytes as the memory takes.
+    that memory gives back. Forgetting is what memory takes off the loss of a text's next window after windows of other
+    text. The other tests ask questions. Their controls are the last window alone, the full context, and the base with a
+    KV cache of as many bytes as the memory takes.
     """
     from ..eval.suite import TASKS, TESTS
 
     with errors_in_a_line():
         chosen = tests or [POSITION, "niah_single_2"]
-        if unknown := [name for name in chosen if name not in (POSITION, *TESTS, *TASKS)]:
-            raise ValueError(f"{unknown[0]} is no test: there are {', '.join((POSITION, *TESTS, *TASKS))}")
+        if unknown := [name for name in chosen if name not in (*OF_TEXT, *TESTS, *TASKS)]:
+            raise ValueError(f"{unknown[0]} is no test: there are {', '.join((*OF_TEXT, *TESTS, *TASKS))}")
         settings, windows = _settings(task_settings), windows or (4,)
         _check(chosen, windows, passes or ())
         read = _texts(text) if text else None
@@ -83,9 +87,9 @@ def evaluate(
         asked = Asked(model, loaded, tokenizer, tuple(passes or _own_passes(loaded)), batch_size, problems, seed)
         report = Report(asked, output, is_shown=not json)
         for name in chosen:
-            if name == POSITION:
-                with _left_out(POSITION):
-                    _measure_position(report, read, max(windows))
+            if name in OF_TEXT:
+                with _left_out(name):
+                    (_measure_position if name == POSITION else _measure_forgetting)(report, read, windows)
                 continue
             for title, make in _tasks(asked, name, windows, settings, how["revision"]):
                 with _left_out(title):
@@ -180,17 +184,31 @@ def _own_passes(model: Any) -> Sequence[int]:
     return (most_passes(model.config.sleep),)
 
 
-def _measure_position(report: Report, text: str | None, windows: int) -> None:
+def _measure_position(report: Report, text: str | None, windows: Sequence[int]) -> None:
     from ..eval import loss_by_position
     from ..eval.report import plot_positions, position_table
 
     asked = report.asked
-    ids = _text_rows(asked, text, windows)
+    ids = _text_rows(asked, text, max(windows))
     found = loss_by_position(asked.model, ids, asked.passes, asked.batch_size)
-    title = f"position, {windows} windows"
+    title = f"position, {max(windows)} windows"
     table = f"{position_table(found)}\n\n{number(len(ids), 'row')} of text."
     report.add(title, table, {"test": POSITION} | found.to_dict())
     report.plot(title, lambda file: plot_positions(found, file))
+
+
+def _measure_forgetting(report: Report, text: str | None, windows: Sequence[int]) -> None:
+    from ..eval import forgetting
+    from ..eval.report import forgetting_table, plot_forgetting
+
+    asked = report.asked
+    tokens = _tokens(asked, text)
+    for passes in asked.passes:
+        found = forgetting(asked.model, tokens, windows, asked.problems, passes, asked.batch_size)
+        title = f"forgetting, N {passes}"
+        table = f"{forgetting_table(found)}\n\n{number(len(found.losses), 'text')}."
+        report.add(title, table, {"test": FORGETTING, "N": passes} | found.to_dict())
+        report.plot(title, partial(plot_forgetting, found))
 
 
 def _texts(files: Sequence[Path]) -> str:
@@ -206,20 +224,24 @@ def _texts(files: Sequence[Path]) -> str:
     return "\n\n".join(texts)
 
 
-def _text_rows(asked: Asked, text: str | None, windows: int) -> "torch.Tensor":
-    """Rows `[R, windows · L]` of a text, or of our own: as many as it has, and as there are problems."""
+def _tokens(asked: Asked, text: str | None) -> "torch.Tensor":
+    """Token ids `[n]` of a text, or of our own."""
     import pydoc_data.topics
 
     import torch
 
-    length = windows * asked.model.config.sleep.window_size
     own = "\n\n".join(pydoc_data.topics.topics.values())
     ids = asked.tokenizer(own if text is None else text, verbose=False).input_ids
-    ids = ids[int(len(ids) * (1 - HELD_OUT)) :] if text is None else ids
+    return torch.tensor(ids[int(len(ids) * (1 - HELD_OUT)) :] if text is None else ids)
+
+
+def _text_rows(asked: Asked, text: str | None, windows: int) -> "torch.Tensor":
+    """Rows `[R, windows · L]` of a text, or of our own: as many as it has, and as there are problems."""
+    length, ids = windows * asked.model.config.sleep.window_size, _tokens(asked, text)
     rows = min(len(ids) // length, asked.problems)
     if not rows:
         raise ValueError(f"the text has {len(ids)} tokens, and a row {length}: give more --text, or fewer --windows")
-    return torch.tensor(ids[: rows * length]).view(rows, length)
+    return ids[: rows * length].view(rows, length)
 
 
 def _tasks(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Score
+from .forgetting import Forgetting
 from .position import FULL, WINDOW, ZEROED, PositionLosses
 
 NAMES = {
@@ -64,6 +65,15 @@ def position_table(found: PositionLosses) -> str:
     return markdown(rows)
 
 
+def forgetting_table(found: Forgetting) -> str:
+    """Markdown: by the windows of other text in between, the loss with and without memory, and what it takes off."""
+    rows = [["windows in between", *map(str, found.between)]]
+    for name, losses in (("loss", found.losses), ("memory zeroed", found.zeroed)):
+        rows.append([name, *(f"{loss:.3f}" for loss in losses.mean((0, 2)).tolist())])
+    gained = [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in found.gained()]
+    return markdown([*rows, ["gained by memory (95 %)", *gained]])
+
+
 def _share(share: float, low: float, high: float) -> str:
     if math.isnan(share):
         return "nothing to recover"
@@ -90,6 +100,23 @@ def plot_positions(found: PositionLosses, path: Path) -> None:
         axes.plot(x, [part.mean().item() for part in parts], STYLES.get(reads, "-"), label=reads)
     axes.set(xlabel=f"position in windows of {found.window_size} tokens", ylabel="next-token loss in nats")
     axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_forgetting(found: Forgetting, path: Path) -> None:
+    """Draw what memory takes off the loss, by the windows of other text in between, with its 95 % interval.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    figure, axes = _figure()
+    mean, low, high = zip(*found.gained(), strict=True)
+    axes.plot(found.between, mean, "o-")
+    axes.fill_between(found.between, low, high, alpha=0.2)
+    axes.axhline(0, color="k", linestyle=":")
+    axes.set(xlabel="windows of other text in between", ylabel="gained by memory, nats per token")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(found.between, [str(windows) for windows in found.between])
     figure.savefig(path, dpi=150)
 
 

@@ -1,0 +1,114 @@
+"""Forgetting: how much a memory still helps with a text after others were read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..cache import SleepCache
+from ..modeling import SleepForCausalLM
+from .answers import check_mode
+from .position import RESAMPLES, without_fast_weights
+
+TOLD = 4
+"""Windows of a text that are read before others are, and then the next one of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Forgetting:
+    """Next-token losses in the next window of a text, of which some windows were read before others were.
+
+    Args:
+        between: windows of other text that were read in between, ascending.
+        losses: `[R, K, L - 1]` in nats, float32, of R texts at each of K `between`.
+        zeroed: the same with the fast weights set to zero before the next window: what the KV that is kept tells.
+    """
+
+    between: tuple[int, ...]
+    losses: torch.Tensor
+    zeroed: torch.Tensor
+
+    def gained(self) -> list[tuple[float, float, float]]:
+        """By `between`: what memory takes off the loss, in nats, and the ends of its 95 % interval (bootstrap)."""
+        by_text = (self.zeroed - self.losses).mean(-1)
+        drawn = torch.randint(len(by_text), (RESAMPLES, len(by_text)), generator=torch.Generator().manual_seed(0))
+        ends = by_text[drawn].mean(1).quantile(by_text.new_tensor([0.025, 0.975]), dim=0)
+        return list(zip(by_text.mean(0).tolist(), *ends.tolist(), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        gained = [[round(number, 5) for number in each] for each in self.gained()]
+        return {
+            "texts": len(self.losses),
+            "told_windows": TOLD,
+            "between": list(self.between),
+            "loss": self.losses.mean((0, 2)).tolist(),
+            "loss_zeroed": self.zeroed.mean((0, 2)).tolist(),
+            "gained_95": gained,
+        }
+
+
+def forgetting(
+    model: SleepForCausalLM, tokens: torch.Tensor, between: Sequence[int], texts: int, passes: int, batch_size: int = 1
+) -> Forgetting:
+    """Read four windows of a text, then windows of others, and measure the loss in the text's next window.
+
+    Args:
+        model: in eval mode.
+        tokens: `[n]`, of a long text. The places in it that count as texts are spread evenly; the others of each begin
+            half of `tokens` away.
+        between: windows of others, each number of which is measured.
+        texts: how many.
+        passes: N.
+        batch_size: of them are read at once.
+
+    Raises:
+        ValueError: tokens that are too few.
+    """
+    check_mode(model)
+    size, between = model.config.sleep.window_size, tuple(sorted({0, *between}))
+    length, needed = (TOLD + 1) * size, 2 * (between[-1] + TOLD + 1) * size
+    if len(tokens) < max(needed, texts):
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, and forgetting over {between[-1]} windows of {size} takes {needed}: "
+            "give more text, or fewer windows"
+        )
+    circle = torch.cat((tokens, tokens))
+    starts = [i * (len(tokens) // texts) for i in range(texts)]
+    told = torch.stack([circle[start:][:length] for start in starts])
+    far = [(start + len(tokens) // 2) % len(tokens) for start in starts]
+    others = torch.stack([circle[start:][: between[-1] * size] for start in far])
+    found = [
+        _of_batch(model, mine.to(model.device), theirs.to(model.device), between, passes)
+        for mine, theirs in zip(told.split(batch_size), others.split(batch_size), strict=True)
+    ]
+    losses, zeroed = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Forgetting(between, losses, zeroed)
+
+
+@torch.no_grad()
+def _of_batch(
+    model: SleepForCausalLM, told: torch.Tensor, others: torch.Tensor, between: Sequence[int], passes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size, cache, read = model.config.sleep.window_size, SleepCache(), 0
+    losses, zeroed = [], []
+    asked = told[:, -size:]
+
+    def loss(fork: SleepCache) -> torch.Tensor:
+        logits = model(asked[:, :-1], cache=fork, sleep_passes=passes).logits.float()
+        return F.cross_entropy(logits.transpose(1, 2), asked[:, 1:], reduction="none").cpu()
+
+    model(told[:, :-size], cache=cache, sleep_passes=passes, logits_to_keep=1)
+    model.sleep(cache, passes)
+    for windows in between:
+        if windows > read:
+            model(others[:, read * size : windows * size], cache=cache, sleep_passes=passes, logits_to_keep=1)
+            model.sleep(cache, passes)
+            read = windows
+        losses.append(loss(cache.fork()))
+        nothing = cache.fork()
+        nothing.hold(model, without_fast_weights(cache.memory))
+        zeroed.append(loss(nothing))
+    return torch.stack(losses, 1), torch.stack(zeroed, 1)
