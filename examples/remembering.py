@@ -1,12 +1,15 @@
-"""What a memory that was taught on plain text still knows: forty facts, read some windows ago.
+"""What a memory that was taught on plain text still knows: of a text's words, and forty facts, read some windows ago.
 
-.venv/bin/python examples/remembering.py          # after `make demo`, which ends with it; on a CPU, under a minute
+.venv/bin/python examples/remembering.py          # part of `make demo`; a minute on a CPU
 .venv/bin/python examples/remembering.py --model runs/remember/model --windows 16
 
-Each of five texts has eight facts about people, among sentences of no consequence. The text is read and slept on, and
-each fact's beginning is put to the reader, who is to go on: `Mr. Harlow was born in the city of`. It is asked of the
-retrofit that was never trained, of the one that was, and of the base with everything in its context. Neither people nor
-forms nor sentences were in the training text. A guess among a form's words is right in one of 10 to 20 cases.
+First the loss on this project's documentation, which it was not taught on, by the way of reading
+(docs/evaluation.md#loss-by-position).
+
+Then facts. Each of five texts has eight about people, among sentences of no consequence. The text is read and slept on,
+and each fact's beginning is put to the reader, who is to go on: `Mr. Harlow was born in the city of`. It is asked of
+the retrofit that was never trained, of the one that was, and of the base with everything in its context. Neither people
+nor forms nor sentences were in the training text. A guess among a form's words is right in one of 10 to 20 cases.
 """
 
 import argparse
@@ -18,15 +21,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, default_dtype
 from hf_sleep.data.haystack import draw_sentence
+from hf_sleep.eval import loss_by_position
+from hf_sleep.eval.report import position_table
 
-MEMORY = Path(__file__).parent / "memory"
-TEXTS, FACTS = 5, 8
+MEMORY = Path(__file__).parent / "memory" / "smollm2"
+TEXTS, FACTS, ROWS = 5, 8, 5
 PEOPLE = (
     *("Harlow", "Whitcombe", "Brandt", "Okafor", "Lindqvist", "Moreau", "Castellano", "Fairbanks", "Novak"),
     *("Petrov", "Ashdown", "Grimaldi", "Thornbury", "Delacroix", "Yamada", "Pemberton"),
@@ -69,17 +75,22 @@ def tell(number: int, tokenizer: Any, windows: int, window_size: int) -> tuple[l
 
 def known(model: SleepForCausalLM, tokenizer: Any, ids: list[int], facts: list[Fact]) -> list[bool]:
     """Whether `model`, which has read `ids` and slept on all of it, goes on with the right word, for each fact."""
-    cache, right = SleepCache(), []
+    cache = SleepCache()
     model(torch.tensor([ids], device=model.device), cache=cache, logits_to_keep=1)
     if len(ids) >= model.config.sleep.window_size:
         model.sleep(cache)  # the last window too
-    for fact in facts:
-        asked = tokenizer(f"\n{fact.begins}", return_tensors="pt")["input_ids"].to(model.device)
-        mask = torch.ones(1, len(ids) + asked.shape[1], dtype=torch.long, device=model.device)
-        said = model.generate(asked, attention_mask=mask, cache=cache.fork(), max_new_tokens=4, do_sample=False)
-        answer = tokenizer.decode(said[0, asked.shape[1] :])
-        right.append(re.match(r"\W*(\w*)", answer)[1] == fact.ends)
-    return right
+    cache.batch_repeat_interleave(len(facts))
+    asked = tokenizer([f"\n{fact.begins}" for fact in facts], padding=True, padding_side="left", return_tensors="pt")
+    mask = torch.cat((torch.ones(len(facts), len(ids), dtype=torch.long), asked["attention_mask"]), 1)
+    said = model.generate(
+        asked["input_ids"].to(model.device),
+        attention_mask=mask.to(model.device),
+        cache=cache,
+        max_new_tokens=4,
+        do_sample=False,
+    )
+    answers = tokenizer.batch_decode(said[:, asked["input_ids"].shape[1] :])
+    return [re.match(r"\W*(\w*)", answer)[1] == fact.ends for answer, fact in zip(answers, facts, strict=True)]
 
 
 def readers(trained: SleepForCausalLM, most: int) -> dict[str, SleepForCausalLM]:
@@ -94,37 +105,45 @@ def readers(trained: SleepForCausalLM, most: int) -> dict[str, SleepForCausalLM]
     }
 
 
+def rows(tokenizer: Any, length: int) -> torch.Tensor:
+    """`[R, length]`, rows of this project's documentation."""
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    ids = tokenizer("\n\n".join(page.read_text(encoding="utf-8") for page in pages), verbose=False)["input_ids"]
+    return torch.tensor(ids[: ROWS * length]).view(ROWS, length)
+
+
+def forty(trained: SleepForCausalLM, tokenizer: Any, windows: int) -> Table:
+    """How many of the facts each reader knows, of all and by how long ago they were read."""
+    size = trained.config.sleep.window_size
+    texts = [tell(number, tokenizer, windows, size) for number in range(TEXTS)]
+    ago, half = [fact.ago for _, facts in texts for fact in facts], windows // 2
+    table = Table(title=f"{TEXTS * FACTS} facts in {TEXTS} texts of {windows} windows of {size} tokens: known")
+    for name in ("", "all", f"read up to {half} windows ago", "longer ago"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, model in readers(trained, (windows + 1) * size).items():
+        right = [answer for ids, facts in texts for answer in known(model, tokenizer, ids, facts)]
+        late, early = (
+            [r for r, n in zip(right, ago, strict=True) if (n <= half) == is_late] for is_late in (True, False)
+        )
+        table.add_row(name, *(f"{sum(some)} of {len(some)}" for some in (right, late, early)))
+    return table
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default=str(MEMORY), help="a folder or Hub id of a sleep checkpoint (default: %(default)s)"
     )
-    parser.add_argument("--windows", type=int, default=8, help="of each text (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=4, help="of each text (default: %(default)s)")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     trained = AutoModelForSleepLM.from_pretrained(arguments.model, dtype=default_dtype())
     tokenizer = AutoTokenizer.from_pretrained(trained.config.base_model_name_or_path)
     size = trained.config.sleep.window_size
-    texts = [tell(number, tokenizer, arguments.windows, size) for number in range(TEXTS)]
-    facts = [fact for _, some in texts for fact in some]
-    half = arguments.windows // 2
     console = Console()
-    texts_of = f"{TEXTS} texts of {arguments.windows} windows of {size} tokens"
-    table = Table(title=f"{len(facts)} facts in {texts_of}: how often it goes on with the right word")
-    for name in ("", "all", f"read up to {half} windows ago", "longer ago"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, model in readers(trained, arguments.windows * size + size).items():
-        right = [answer for ids, some in texts for answer in known(model, tokenizer, ids, some)]
-        kinds = [lambda fact: True, lambda fact: fact.ago <= half, lambda fact: fact.ago > half]
-        shares = []
-        for kind in kinds:
-            of = [answer for answer, fact in zip(right, facts, strict=True) if kind(fact)]
-            shares.append(f"{sum(of)} of {len(of)}")
-        table.add_row(name, *shares)
-    console.print(table)
-    fact = facts[0]
-    console.print(f"One of them: {fact.begins!r}, {fact.ends!r}, read {fact.ago} windows ago", highlight=False)
+    console.print(Markdown(position_table(loss_by_position(trained.eval(), rows(tokenizer, arguments.windows * size)))))
+    console.print(forty(trained, tokenizer, arguments.windows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The small trained models that ship with the examples do what the examples say."""
 
+import random
 import re
 import threading
 from importlib import import_module
@@ -9,12 +10,13 @@ import pytest
 import torch
 from helpers import byte_tokenizer, save_tiny_llama
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_sleep import AutoModelForSleepLM
+from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepForCausalLM
 from hf_sleep.hub import KNOWN_LICENCES
 
 WORDS = {word: number for number, word in enumerate("abcdefgh")}
@@ -177,3 +179,93 @@ def test_a_chat_is_talked_to(run, monkeypatch, tmp_path):
     assert "there is nothing to undo" in printed
     assert printed.endswith("/read FILE, /sleep, /undo, /forget, /report\n")
     assert not lines
+
+
+@pytest.fixture
+def remembering(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return import_module("remembering")
+
+
+def test_facts_stand_as_many_windows_ago_as_is_said(remembering):
+    tokenizer, windows, size = byte_tokenizer(), 4, 400
+    ids, facts = remembering.tell(3, tokenizer, windows, size)
+    assert len(ids) == windows * size
+    assert len(facts) == remembering.FACTS
+    for fact in facts:
+        assert 2 <= fact.ago <= windows
+        text = tokenizer.decode(ids[(windows - fact.ago) * size :])
+        assert f"{fact.begins} {fact.ends}." in text
+        assert text.index(fact.begins) <= size
+        assert fact.begins not in tokenizer.decode(ids[: (windows - fact.ago) * size])
+    assert len({fact.begins for fact in facts}) == len(facts)
+
+
+def test_forty_facts_are_asked_of_three_readers(remembering, tiny, tmp_path, monkeypatch, capsys):
+    base = LlamaForCausalLM.from_pretrained(tiny)
+    model = SleepForCausalLM.from_base(base, SleepConfig(window_size=400, num_blocks=1))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("sys.argv", ["remembering.py", "--model", str(tmp_path), "--windows", "3"])
+    asked = []
+
+    def known(model, tokenizer, ids, facts):
+        asked.append(model.config.sleep.window_size)
+        return [fact.ago == 2 for fact in facts]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remembering, "known", known)
+        remembering.main()
+    printed = capsys.readouterr().out
+    assert "40 facts in 5 texts of 3 windows of 400 tokens" in printed
+    assert asked == [400] * 10 + [1600] * 5
+    told = [fact.ago for n in range(5) for fact in remembering.tell(n, byte_tokenizer(), 3, 400)[1]]
+    assert set(told) == {2, 3}
+    assert printed.count(f"{told.count(2)} of 40") == 6  # of all, and of those of over a window ago
+    assert printed.count("0 of 0") == 3
+    assert "full context" in printed
+
+
+def test_who_goes_on_with_the_right_word_knows_a_fact(remembering, tiny, monkeypatch):
+    model = SleepForCausalLM.from_base(LlamaForCausalLM.from_pretrained(tiny), SleepConfig(window_size=64)).eval()
+    tokenizer, facts = byte_tokenizer(), [remembering.Fact("A", "red", 2), remembering.Fact("B is", "red", 2)]
+
+    def generate(input_ids, attention_mask, cache, **kwargs):
+        assert cache.memory.counters[0].sleeps == 2
+        assert attention_mask.shape == (2, 128 + input_ids.shape[1])
+        assert attention_mask[:, :128].all()
+        assert tokenizer.batch_decode(input_ids, skip_special_tokens=True) == ["\nA", "\nB is"]
+        said = torch.tensor([tokenizer(text).input_ids for text in (" red.", " reds")])
+        return torch.cat((input_ids, said), 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    with torch.no_grad():
+        assert remembering.known(model, tokenizer, [5] * 128, facts) == [True, False]
+
+
+def test_the_memory_that_ships_is_small_and_says_what_it_is():
+    folder = EXAMPLES / "memory" / "smollm2"
+    assert (folder / "model.safetensors").stat().st_size <= 16_000_000
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    assert {name.split(".")[0] for name in tensors} == {"fast_weights", "between"}
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.only_sleep, config.base_model_name_or_path) == (True, ".demo/SmolLM2-135M-Instruct")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "recipes/remember.py" in card.text
+
+
+def test_facts_are_told_twice_some_sentences_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "memory"))
+    told_twice = import_module("told_twice")
+    prose = [f"Sentence {n} of a book." for n in range(2 * told_twice.SENTENCES)]
+    told = told_twice.sentences(random.Random(0), prose)
+    assert len(told) == told_twice.SENTENCES
+    assert [sentence for sentence in told if "of a book" in sentence] == [s for s in prose if s in told]
+    places = {}
+    for n, sentence in enumerate(told):
+        places.setdefault(sentence, []).append(n)
+    twice = [where for where in places.values() if len(where) == 2]
+    assert len(twice) > 80
+    assert sum(6 <= later - first <= 60 for first, later in twice) == len(twice)

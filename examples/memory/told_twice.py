@@ -68,8 +68,8 @@ def fact(rng: random.Random) -> str:
     return f"{said[0].upper()}{said[1:]}."
 
 
-def document(rng: random.Random, prose: list[str]) -> str:
-    """Sentences of prose, a third of a run of a book, among which facts are told and told again."""
+def sentences(rng: random.Random, prose: list[str]) -> list[str]:
+    """A run of a book's sentences, among which facts are told and told again."""
     at, again, told = rng.randrange(len(prose) - SENTENCES), [], []
     for i in range(SENTENCES):
         if again and again[0][0] <= i:
@@ -80,7 +80,7 @@ def document(rng: random.Random, prose: list[str]) -> str:
         else:
             told.append(prose[at])
             at += 1
-    return " ".join(told)
+    return told
 
 
 def main(texts: Path, folder: Path) -> None:
@@ -92,7 +92,7 @@ def main(texts: Path, folder: Path) -> None:
         while len(prose) <= SENTENCES:
             text = " ".join(rng.choice(files).read_text(encoding="utf-8").split())
             prose = [each for each in re.split(r"(?<=[.!?]) ", text) if 20 < len(each) < 120]
-        (folder / f"{number:03}.txt").write_text(document(rng, prose) + "\n", encoding="utf-8")
+        (folder / f"{number:03}.txt").write_text(" ".join(sentences(rng, prose)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
