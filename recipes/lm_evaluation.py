@@ -36,6 +36,7 @@ NO_LIMIT = 2**31
 @dataclass
 class Arguments:
     model: str = argument(".demo/SmolLM2-135M-Instruct", "Hub id or folder")
+    tokenizer: str | None = argument(None, "Hub id or folder of its tokenizer; None: it lies with the model")
     tasks: list[str] = argument(["lambada_openai"], "names of the harness's tasks")
     include_path: str | None = argument(None, "folder with tasks of your own")
     limit: int | None = argument(None, "rows of each task; None: all")
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = {"window_size": options.window_size, "sleep_passes": options.sleep_passes}
     sleep = {name: value for name, value in asked.items() if value is not None}
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep).eval()
-    evaluated = SleepLM(model, AutoTokenizer.from_pretrained(options.model), options.batch_size)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    evaluated = SleepLM(model, tokenizer, options.batch_size)
     results = lm_eval.simple_evaluate(
         evaluated,
         tasks=options.tasks,

@@ -1,6 +1,7 @@
 """Log-likelihoods through sleep, and lm-evaluation-harness on them where it is installed."""
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -71,3 +72,7 @@ def test_the_harness_reads_long_contexts_whole(recipe, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))["sleeps"] == made["sleeps"]
     alone = main([*options, "--window-size", "100", "--batch-size", "1"])
     assert alone["results"]["counting"]["acc,none"] == made["results"]["counting"]["acc,none"]
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    elsewhere = main(["--model", str(bare), "--tokenizer", model, *options[2:], "--window-size", "100"])
+    assert elsewhere["results"]["counting"]["acc,none"] == made["results"]["counting"]["acc,none"]
