@@ -116,6 +116,7 @@ def plot_forgetting(found: Forgetting, path: Path) -> None:
     axes.axhline(0, color="k", linestyle=":")
     axes.set(xlabel="windows of other text in between", ylabel="gained by memory, nats per token")
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(-0.1, 1.2 * found.between[-1])
     axes.set_xticks(found.between, [str(windows) for windows in found.between])
     figure.savefig(path, dpi=150)
 
