@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -14,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from hf_sleep import SleepForCausalLM
 from hf_sleep.data import MQAR, LongText
 from hf_sleep.data.long_text import Told
-from hf_sleep.eval import PositionLosses, answers, forgetting, judge, loss_by_position, measure
+from hf_sleep.eval import Forgetting, PositionLosses, answers, forgetting, judge, loss_by_position, measure
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
-from hf_sleep.eval.report import position_table
+from hf_sleep.eval.report import forgetting_table, position_table
 from hf_sleep.eval.suite import run_test
 
 L, T = 6, 21
@@ -111,10 +112,32 @@ def test_forgetting_is_the_loss_of_one_call_over_both_texts(family, eviction):
     torch.testing.assert_close(found.losses.flatten(0, 1), torch.stack(expected))
     if eviction == "hard":
         torch.testing.assert_close(found.zeroed, torch.cat(alone)[:, None].expand_as(found.zeroed))
-    for gained, low, high in found.gained():
-        assert low <= gained <= high
     means = (found.zeroed - found.losses).mean((0, 2))
     assert [gained for gained, _, _ in found.gained()] == pytest.approx(means.tolist(), abs=1e-6)
+
+
+def test_what_is_gained_has_an_interval_of_five_texts_or_more():
+    losses = torch.arange(6.0)[:, None, None].expand(6, 2, 3)
+    found = Forgetting((0, 1), losses, losses + torch.tensor([[1.0], [2.0]]) + losses / 10)
+    for (gained, low, high), expected in zip(found.gained(), (1.25, 2.25), strict=True):
+        assert gained == pytest.approx(expected)
+        assert expected - 0.25 < low < expected < high < expected + 0.25
+    few = Forgetting((0, 1), found.losses[:4], found.zeroed[:4])
+    assert few.to_dict()["gained_95"] == [[pytest.approx(1.15), None, None], [pytest.approx(2.15), None, None]]
+    assert "| gained by memory (95 %) | 1.150 | 2.150 |" in forgetting_table(few)
+    assert re.search(r"\| 1\.250 \(1\.\d+ to 1\.\d+\) \|", forgetting_table(found))
+
+
+def test_texts_that_would_overlap_are_not_read():
+    model = make_model("llama", settings("llama"))
+    assert len(forgetting(model, tokens(96), (3,), texts=20, passes=1).losses) == 96 // (5 * L)
+
+
+@pytest.mark.parametrize(("field", "value"), [("between", (-1,)), ("texts", 0), ("batch_size", 0)])
+def test_numbers_that_forgetting_cannot_take(field, value):
+    given = {"between": (1,), "texts": 1, "batch_size": 1} | {field: value}
+    with pytest.raises(ValueError, match=field):
+        forgetting(make_model("llama", settings("llama")), tokens(96), passes=1, **given)
 
 
 def test_forgetting_takes_text_enough_for_texts_and_what_is_between():

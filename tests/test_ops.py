@@ -352,22 +352,34 @@ def test_fla_is_called_as_its_documentation_says(monkeypatch, tokens):
 @pytest.mark.parametrize(
     ("capability", "triton", "tilelang", "right"),
     [
-        ((9, 0), "3.6.0", False, False),
-        ((9, 0), "3.4.0", False, False),
-        ((9, 0), "3.6.0", True, True),
-        ((9, 0), "3.3.1", False, True),
-        ((9, 0), "3.7.1", False, True),
-        ((8, 0), "3.6.0", False, True),
-        ((10, 0), "3.6.0", False, True),
+        ((9, 0), "3.6.0", None, False),
+        ((9, 0), "3.4.0rc1", None, False),
+        ((9, 0), "3.7.0+git1", None, False),
+        ((9, 0), "3.6.0", "1", True),
+        ((9, 0), "3.6.0", "0", False),
+        ((9, 0), "3.3.1", None, True),
+        ((9, 0), "3.7.1", None, True),
+        ((8, 0), "3.6.0", None, True),
+        ((10, 0), "3.6.0", None, True),
     ],
 )
 def test_wrong_gradients_of_triton_on_hopper_are_not_used(monkeypatch, capability, triton, tilelang, right):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fla, "version", lambda name: triton)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if tilelang else None)
+    monkeypatch.setenv("FLA_TILELANG", tilelang or "1")
     fla.has_backward.cache_clear()
     with nullcontext() if right else pytest.warns(UserWarning, match=r"Triton 3\..*wrong gradients.*triton>=3\.7\.1"):
         assert fla.has_backward(torch.device("cuda", 0)) is right
+    fla.has_backward.cache_clear()
+
+
+def test_amds_gpus_are_not_taken_for_hopper(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    fla.has_backward.cache_clear()
+    assert fla.has_backward(torch.device("cuda", 0))
     fla.has_backward.cache_clear()
 
 

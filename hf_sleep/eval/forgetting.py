@@ -1,5 +1,6 @@
 """Forgetting: how much a memory still helps with a text after others were read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..cache import SleepCache
+from ..checks import require_int
 from ..modeling import SleepForCausalLM
 from .answers import check_mode
-from .position import RESAMPLES, without_fast_weights
+from .position import FEWEST_ROWS, RESAMPLES, without_fast_weights
 
 TOLD = 4
 """Windows of a text that are read before others are, and then the next one of it."""
@@ -31,15 +33,20 @@ class Forgetting:
     zeroed: torch.Tensor
 
     def gained(self) -> list[tuple[float, float, float]]:
-        """By `between`: what memory takes off the loss, in nats, and the ends of its 95 % interval (bootstrap)."""
+        """By `between`: what memory takes off the loss, in nats, and the ends of its 95 % interval (bootstrap).
+
+        The ends are NaN of fewer than 5 texts.
+        """
         by_text = (self.zeroed - self.losses).mean(-1)
+        if len(by_text) < FEWEST_ROWS:
+            return [(gained, math.nan, math.nan) for gained in by_text.mean(0).tolist()]
         drawn = torch.randint(len(by_text), (RESAMPLES, len(by_text)), generator=torch.Generator().manual_seed(0))
         ends = by_text[drawn].mean(1).quantile(by_text.new_tensor([0.025, 0.975]), dim=0)
         return list(zip(by_text.mean(0).tolist(), *ends.tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        gained = [[round(number, 5) for number in each] for each in self.gained()]
+        gained = [[None if math.isnan(number) else round(number, 5) for number in each] for each in self.gained()]
         return {
             "texts": len(self.losses),
             "told_windows": TOLD,
@@ -57,24 +64,29 @@ def forgetting(
 
     Args:
         model: in eval mode.
-        tokens: `[n]`, of a long text. The places in it that count as texts are spread evenly; the others of each begin
-            half of `tokens` away.
-        between: windows of others, each number of which is measured.
-        texts: how many.
+        tokens: `[n]`, of a long text. The places in it that count as texts are spread evenly and do not overlap; the
+            others of each begin half of `tokens` away.
+        between: windows of others, each number of which is measured; 0 always is.
+        texts: the most of them; no more than there is room for.
         passes: N.
         batch_size: of them are read at once.
 
     Raises:
-        ValueError: tokens that are too few.
+        ValueError: tokens that are too few; a number of windows below 0, or of texts or rows below 1.
     """
     check_mode(model)
+    require_int("texts", texts, 1)
+    require_int("batch_size", batch_size, 1)
+    for windows in between:
+        require_int("between", windows, 0)
     size, between = model.config.sleep.window_size, tuple(sorted({0, *between}))
     length, needed = (TOLD + 1) * size, 2 * (between[-1] + TOLD + 1) * size
-    if len(tokens) < max(needed, texts):
+    if len(tokens) < needed:
         raise ValueError(
             f"the text has {len(tokens)} tokens, and forgetting over {between[-1]} windows of {size} takes {needed}: "
             "give more text, or fewer windows"
         )
+    texts = min(texts, len(tokens) // length)
     circle = torch.cat((tokens, tokens))
     starts = [i * (len(tokens) // texts) for i in range(texts)]
     told = torch.stack([circle[start:][:length] for start in starts])

@@ -70,7 +70,10 @@ def forgetting_table(found: Forgetting) -> str:
     rows = [["windows in between", *map(str, found.between)]]
     for name, losses in (("loss", found.losses), ("memory zeroed", found.zeroed)):
         rows.append([name, *(f"{loss:.3f}" for loss in losses.mean((0, 2)).tolist())])
-    gained = [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in found.gained()]
+    gained = [
+        f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+        for mean, low, high in found.gained()
+    ]
     return markdown([*rows, ["gained by memory (95 %)", *gained]])
 
 

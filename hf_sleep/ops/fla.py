@@ -2,8 +2,8 @@
 
 import functools
 import importlib.util
+import os
 import warnings
-from importlib.metadata import version
 
 import torch
 from packaging.version import Version
@@ -38,19 +38,22 @@ def is_available() -> bool:
 def has_backward(device: torch.device) -> bool:
     """Tell whether fla's chunked kernels are right in backward on `device`; the first call warns where they are not.
 
-    On Hopper GPUs Triton 3.4 to 3.7.0 computes a wrong gradient. fla refuses it unless tilelang is there, and torch's
-    kernels take its place.
+    On NVIDIA's Hopper GPUs Triton 3.4 to 3.7.0 computes a wrong gradient. fla refuses it unless it may use tilelang,
+    and torch's kernels take its place.
 
-    Source: flash-linear-attention 0.6, `fla/ops/common/chunk_o.py`, and its issue 640.
+    Source: flash-linear-attention 0.6, `fla/ops/common/chunk_o.py`.
     """
-    major, _ = torch.cuda.get_device_capability(device)
-    if major != 9 or not Version("3.4") <= Version(version("triton")) < Version("3.7.1"):
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
         return True
-    if importlib.util.find_spec("tilelang") is not None:
+    import triton
+
+    if not (3, 4) <= Version(triton.__version__).release < (3, 7, 1):
+        return True
+    if importlib.util.find_spec("tilelang") is not None and os.environ.get("FLA_TILELANG") != "0":
         return True
     warnings.warn(
         f"hf_sleep trains the gated delta rule on this GPU with its slow torch fallback, because Triton "
-        f"{version('triton')} computes wrong gradients of flash-linear-attention's kernels on Hopper GPUs: install "
+        f"{triton.__version__} computes wrong gradients of flash-linear-attention's kernels on Hopper GPUs: install "
         "triton>=3.7.1, or tilelang",
         stacklevel=6,
     )
