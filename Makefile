@@ -12,7 +12,7 @@ help: ## print this list
 
 demo: env-demo ## watch a pretrained model sleep, then small ones learn to; options of the first with ARGS="..."
 	@.venv/bin/python examples/demo.py $(ARGS)
-	@test -n "$(ARGS)" || .venv/bin/python examples/remembering.py
+	$(if $(strip $(ARGS)),,@.venv/bin/python examples/remembering.py)
 	@.venv/bin/python examples/khop.py --train
 
 test: lint ## lint, then run all tests; pytest options with ARGS="..."

@@ -1,4 +1,6 @@
-"""Differences between the supported releases of transformers. Nothing else in the package asks for a version.
+"""Differences between the supported releases of transformers, and what it has under a private name alone.
+
+Nothing else in the package asks for a version.
 
 Each entry says from which release on it can go: once that is the oldest one supported, its branch is deleted.
 """

@@ -1,7 +1,6 @@
 """A GPU computes what the CPU computes, which the laws hold: in float64 to rounding, in bfloat16 with fla's kernels."""
 
 import importlib.util
-from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -94,6 +93,7 @@ def test_a_memory_goes_from_one_device_to_the_other(case, tmp_path):
 SMOOTH = ("llama", "qwen3", "olmo2", "gemma3", "granite", "glm4")
 
 
+@pytest.mark.skipif(not HAS_FLA, reason="needs flash-linear-attention")
 @pytest.mark.parametrize("family", SMOOTH)
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_bfloat16_is_as_near_as_torchs_kernels_are(family, eviction):
@@ -106,7 +106,7 @@ def test_bfloat16_is_as_near_as_torchs_kernels_are(family, eviction):
         by_steps = stream(there, ids.cuda(), [1] * T)[0].cpu().double()
         with torch_kernels():
             by_torch = there(ids.cuda()).logits.cpu().double()
-    allowed = 0.02 + 2 * (by_torch - right).norm() / right.norm()
+    allowed = min(0.3, 0.02 + 2 * ((by_torch - right).norm() / right.norm()).item())
     assert (found - right).norm() / right.norm() < allowed
     assert (by_steps - right).norm() / right.norm() < allowed
 
@@ -115,16 +115,23 @@ def test_bfloat16_is_as_near_as_torchs_kernels_are(family, eviction):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_sleep_at_different_times_under_autocast(family, eviction):
     model = sleeper(f"{family}/{eviction}/N2/all", torch.float32).cuda()
-    ids, mask = pad([tokens(3), tokens(L + 3, 2), tokens(3 * L, 3)], "right")
+    rows = [tokens(3), tokens(L + 3, 2), tokens(3 * L, 3)]
+    ids, mask = pad(rows, "right")
     with torch.autocast("cuda", torch.bfloat16):
+        with torch.no_grad():
+            together = model(ids.cuda(), attention_mask=mask.cuda()).logits
+            if family in SMOOTH:
+                for row, logits in zip(rows, together, strict=True):
+                    alone = model(row[None].cuda()).logits[0].double()
+                    assert (logits[: len(row)].double() - alone).norm() < 0.1 * alone.norm()
         loss = model.train()(ids.cuda(), attention_mask=mask.cuda(), labels=ids.cuda()).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.fast_weights.parameters())
 
 
 def torch_kernels():
-    """Let torch compute the gated delta rule, fla or not."""
-    return mock.patch.object(ops.fla, "backend", return_value="torch") if HAS_FLA else nullcontext()
+    """Let torch compute the gated delta rule."""
+    return mock.patch.object(ops.fla, "backend", return_value="torch")
 
 
 def _inputs(length: int, key: int, value: int):

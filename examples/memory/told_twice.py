@@ -3,7 +3,7 @@
 python examples/memory/told_twice.py TEXTS FOLDER                    # TEXTS: what texts.py wrote, for the prose
 python recipes/remember.py --text FOLDER --recurring-weight 20 --reconstruct 0
 
-`Mrs. Keller collects stamps.` is told, other sentences follow, and it is told again 6 to 24 sentences later: where the
+`Mrs. Keller collects stamps.` is told, other sentences follow, and it is told again 6 to 27 sentences later: where the
 window is shorter than that, the words it ends with can be known from memory alone. People, what is told of them and how
 it is put are not those of `examples/remembering.py`, so that what is asked there was not learnt here.
 """
