@@ -1,8 +1,11 @@
 """The small trained models that ship with the examples do what the examples say."""
 
+import gzip
 import random
 import re
+import struct
 import threading
+import zlib
 from importlib import import_module
 from pathlib import Path
 
@@ -283,3 +286,58 @@ def test_facts_are_told_twice_some_sentences_apart(monkeypatch):
     twice = [where for where in places.values() if len(where) == 2]
     assert len(twice) > 80
     assert all(6 <= later - first <= 27 for first, later in twice)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "memory"))
+    return import_module("texts")
+
+
+def test_a_page_becomes_its_prose(texts, tmp_path):
+    prose = "A sentence of a manual that is long enough to be prose, and not the line of some table."
+    page = f"""<head><title>no</title></head><nav>no<nav>no</nav>no</nav><div class="sphinxsidebar"><div>no</div></div>
+    <h1>Title</h1><p>{prose}\n  {prose}</p><ul><li>one<li>two</ul>
+    <pre>kept  as\n  it is</pre><script>no</script><p>end"""
+    folder = tmp_path / "usr/share/doc/manual/html"
+    folder.mkdir(parents=True)
+    for name, text in {"a.html": page, "index.html": page, "table.html": "<p>short<p>lines<p>alone"}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    ((name, text),) = texts.pages("manual/html/*.html", without="index")(tmp_path)
+    assert name == "a"
+    assert text == f"Title\n\n{prose} {prose}\n\none\ntwo\n\nkept  as\n  it is\n\nend"
+
+
+def test_a_book_is_told_without_notices_and_marks(texts, tmp_path):
+    told = "## A _first_ line\r\n\r\n\r\n\r\n**bold** snake_case\x0c\n-----------\nTom &amp; Sid"
+    whole = f"Notice\n*** START OF THIS PROJECT GUTENBERG EBOOK ***\n{told}\nEnd of the Project Gutenberg EBook\nNotice"
+    (tmp_path / "book.txt").write_text(whole, encoding="utf-8", newline="")
+    assert list(texts.plain("*.txt")(tmp_path)) == [("book", "A first line\n\nbold snake_case\n\nTom & Sid")]
+
+
+def test_files_of_other_programs_are_read(texts, tmp_path):
+    (tmp_path / "dict.gz").write_bytes(gzip.compress("tables\nFIRST words\ncaf\u00e9".encode("cp1252")))
+    assert list(texts.gzipped("*.gz", first="FIRST")(tmp_path)) == [("dict", "FIRST words\ncaf\u00e9")]
+    blocks = [b"<title>One</title>said<note>no</note><lb/>more &amp; more", b"second"]
+    packed = [zlib.compress(block) for block in blocks]
+    (tmp_path / "ot.bzz").write_bytes(b"".join(packed))
+    places = [(0, len(packed[0]), 0), (0, 0, 0), (len(packed[0]), len(packed[1]), 0)]
+    (tmp_path / "ot.bzs").write_bytes(b"".join(struct.pack("<III", *place) for place in places))
+    found = dict(texts.sword("*.bzs")(tmp_path))
+    assert found == {"ot-000": "One\nsaid \nmore & more", "ot-002": "second"}
+    assert list(texts.sword("*.bzs", most=1)(tmp_path)) == [("ot-000", "One\nsaid \nmore & more")]
+
+
+def test_what_is_gathered_is_listed_with_its_licence(texts, tmp_path, monkeypatch, capsys):
+    long, other = "word " * texts.LEAST, "1234 " * texts.LEAST
+    source = texts.Source(
+        "made==1.0", "made up", "public domain", lambda root: [("A b", long), ("c", other), ("d", "x")]
+    )
+    monkeypatch.setattr(texts, "SOURCES", [source])
+    monkeypatch.setattr(texts, "unpacked", lambda name, folder: (folder, "1.0"))
+    texts.main(tmp_path)
+    (file,) = (tmp_path / "texts").iterdir()
+    assert re.fullmatch(r"[0-9a-f]{4}-made-a-b\.txt", file.name)
+    assert file.read_text(encoding="utf-8") == f"{long.strip()}\n"
+    size = f"{len(long):,}"
+    assert f"| made | 1.0 | made up | public domain | 1 | {size} |" in (tmp_path / "SOURCES.md").read_text("utf-8")
