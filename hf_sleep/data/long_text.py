@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
-
 from ..labels import IGNORED
-from .managers import encode
-from .task import Row, Task
+from .task import Row
+from .words import TaskInWords
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class LongText(Task):
+class LongText(TaskInWords):
     """A text of `windows` windows, and a question about what stands in it.
 
     Each window is filled up to L tokens with whole sentences, less than a sentence short, those that matter at random
@@ -57,7 +55,6 @@ class LongText(Task):
         ValueError: naming the field, what it got and what would work.
     """
 
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     windows: int = 4
     window_size: int = 512
 
@@ -135,14 +132,6 @@ class LongText(Task):
     def _check_window(self, what: str, tokens: int) -> None:
         works = tokens <= self.window_size
         self._require("window_size", works, f"it must be at least {tokens}, for {what}")
-
-    def _encode(self, text: str) -> list[int]:
-        return list(encode(text, self.tokenizer))
-
-    @cached_property
-    def _start(self) -> list[int]:
-        """What the tokenizer puts before every text."""
-        return list(self.tokenizer("")["input_ids"])
 
     @cached_property
     def _end(self) -> list[int]:

@@ -1,14 +1,13 @@
 """Managers: remember a paragraph of plain English about who manages whom, then name managers of managers."""
 
 import random
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from functools import cached_property
 
 from ..labels import IGNORED
 from .khop import is_held_out
-from .task import SPLITS, Row, Task
+from .task import SPLITS, Row
+from .words import TaskInWords
 
 NAMES = (
     *("Adam", "Alan", "Alex", "Alice", "Amy", "Andy", "Anna", "Barry", "Ben", "Betty", "Bill", "Bob", "Brian", "Carl"),
@@ -27,11 +26,6 @@ LIKED = (
 )
 
 
-@lru_cache(maxsize=100_000)
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def fact(name: str, manager: str) -> str:
     return f" The manager of {name} is {manager}."
 
@@ -41,7 +35,7 @@ def question(name: str, hops: int) -> str:
 
 
 @dataclass(frozen=True)
-class Managers(Task):
+class Managers(TaskInWords):
     """A paragraph that says who manages each of n people, and questions about managers of managers of some of them.
 
     `The manager of Ann is Bo. Bo likes tea. ...`, and then `The manager of the manager of Ann is`, with the loss on the
@@ -71,7 +65,6 @@ class Managers(Task):
     Source: our own, `KHop` in words; not in Lee et al. 2026.
     """
 
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     people: int = 8
     hops: tuple[int, ...] = (1, 2, 3, 4)
     windows: int = 2
@@ -161,14 +154,6 @@ class Managers(Task):
                 rng.shuffle(told)
                 return [token for sentence in told for token in sentence]
             told.append(filler)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(encode(text, self.tokenizer))
-
-    @cached_property
-    def _start(self) -> list[int]:
-        """What the tokenizer puts before every text."""
-        return list(self.tokenizer("")["input_ids"])
 
     @cached_property
     def _names(self) -> dict[str, int]:
