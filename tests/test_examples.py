@@ -340,4 +340,6 @@ def test_what_is_gathered_is_listed_with_its_licence(texts, tmp_path, monkeypatc
     assert re.fullmatch(r"[0-9a-f]{4}-made-a-b\.txt", file.name)
     assert file.read_text(encoding="utf-8") == f"{long.strip()}\n"
     size = f"{len(long):,}"
-    assert f"| made | 1.0 | made up | public domain | 1 | {size} |" in (tmp_path / "SOURCES.md").read_text("utf-8")
+    assert f"| made | 1.0 | made up | public domain | 1 | {size} |" in (tmp_path / "SOURCES.md").read_text(
+        encoding="utf-8"
+    )
