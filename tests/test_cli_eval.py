@@ -190,7 +190,7 @@ def test_forgetting_is_measured_over_windows_of_other_text(base, tokenizer, tmp_
     found, _ = evaluate(base, "forgetting", "--passes", "2", *options, "--output", tmp_path / "out")
     ids = torch.tensor(tokenizer((tmp_path / "text.md").read_text(encoding="utf-8")).input_ids)
     model = AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 16}).eval()
-    expected = forgetting(model, ids, (1, 4), texts=5, passes=2, batch_size=4).to_dict()
+    expected = forgetting(model, ids, (1, 4), texts=5, sleep_passes=2, batch_size=4).to_dict()
     assert {name: found[name] for name in expected} == expected
     assert "| windows in between | 0 | 1 | 4 |" in (tmp_path / "out" / "eval.md").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "forgetting-N-2.png").stat().st_size > 5_000

@@ -101,7 +101,7 @@ def test_forgetting_is_the_loss_of_one_call_over_both_texts(family, eviction):
     model, text = make_model(family, settings(family, eviction), torch.double), tokens(30 * L)
     circle, expected, alone = torch.cat((text, text)), [], []
     with torch.no_grad(), exact():
-        found = forgetting(model, text, (1, 3), texts=3, passes=2, batch_size=2)
+        found = forgetting(model, text, (1, 3), texts=3, sleep_passes=2, batch_size=2)
         for start in (0, 10 * L, 20 * L):
             told, asked, others = (circle[start + a * L :][: n * L] for a, n in ((0, 4), (4, 1), (15, 3)))
             for windows in found.between:
@@ -130,22 +130,22 @@ def test_what_is_gained_has_an_interval_of_five_texts_or_more():
 
 def test_texts_that_would_overlap_are_not_read():
     model = make_model("llama", settings("llama"))
-    assert len(forgetting(model, tokens(96), (3,), texts=20, passes=1).losses) == 96 // (5 * L)
+    assert len(forgetting(model, tokens(96), (3,), texts=20, sleep_passes=1).losses) == 96 // (5 * L)
 
 
 @pytest.mark.parametrize(("field", "value"), [("between", (-1,)), ("texts", 0), ("batch_size", 0)])
 def test_numbers_that_forgetting_cannot_take(field, value):
     given = {"between": (1,), "texts": 1, "batch_size": 1} | {field: value}
     with pytest.raises(ValueError, match=field):
-        forgetting(make_model("llama", settings("llama")), tokens(96), passes=1, **given)
+        forgetting(make_model("llama", settings("llama")), tokens(96), sleep_passes=1, **given)
 
 
 def test_forgetting_takes_text_enough_for_texts_and_what_is_between():
     model = make_model("llama", settings("llama"))
     with pytest.raises(ValueError, match=r"the text has 95 tokens, and forgetting over 3 windows of 6 takes 96"):
-        forgetting(model, tokens(95), (3,), texts=2, passes=1)
+        forgetting(model, tokens(95), (3,), texts=2, sleep_passes=1)
     with pytest.raises(ValueError, match=r"training mode"):
-        forgetting(model.train(), tokens(96), (3,), texts=2, passes=1)
+        forgetting(model.train(), tokens(96), (3,), texts=2, sleep_passes=1)
 
 
 def test_a_base_that_was_made_with_loops_reads_with_all_of_them():

@@ -58,7 +58,12 @@ class Forgetting:
 
 
 def forgetting(
-    model: SleepForCausalLM, tokens: torch.Tensor, between: Sequence[int], texts: int, passes: int, batch_size: int = 1
+    model: SleepForCausalLM,
+    tokens: torch.Tensor,
+    between: Sequence[int],
+    texts: int,
+    sleep_passes: int,
+    batch_size: int = 1,
 ) -> Forgetting:
     """Read four windows of a text, then windows of others, and measure the loss in the text's next window.
 
@@ -68,7 +73,7 @@ def forgetting(
             others of each begin half of `tokens` away.
         between: windows of others, each number of which is measured; 0 always is.
         texts: the most of them; no more than there is room for.
-        passes: N.
+        sleep_passes: N.
         batch_size: of them are read at once.
 
     Raises:
@@ -93,7 +98,7 @@ def forgetting(
     far = [(start + len(tokens) // 2) % len(tokens) for start in starts]
     others = torch.stack([circle[start:][: between[-1] * size] for start in far])
     found = [
-        _of_batch(model, mine.to(model.device), theirs.to(model.device), between, passes)
+        _of_batch(model, mine.to(model.device), theirs.to(model.device), between, sleep_passes)
         for mine, theirs in zip(told.split(batch_size), others.split(batch_size), strict=True)
     ]
     losses, zeroed = (torch.cat(parts) for parts in zip(*found, strict=True))
