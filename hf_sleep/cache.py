@@ -21,14 +21,23 @@ class SleepCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.memory = Memory()
+        self._memory = Memory()
         self._owner: weakref.ref | None = None
         self._read_with: Any = None
 
     @property
+    def memory(self) -> Memory:
+        """What was read, as a value."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        self._memory = memory
+
+    @property
     def is_empty(self) -> bool:
         """Tell whether no call has used this cache yet."""
-        return not self.memory.counters
+        return not self._memory.counters
 
     def hold(self, owner: Any, memory: Memory) -> None:
         """Take what `owner` has read."""
@@ -53,7 +62,7 @@ class SleepCache(Cache):
                     f"the cache was read with {name}={getattr(before, name)!r}, the model has "
                     f"{name}={getattr(now, name)!r} now: set it to that, or start with an empty SleepCache"
                 )
-        size, fill = now.window_size, max((row.fill for row in self.memory.counters), default=0)
+        size, fill = now.window_size, max((row.fill for row in self._memory.counters), default=0)
         if fill > size:
             raise ValueError(
                 f"the cache holds a window of {fill} tokens, the model has window_size={size} now: set it to {fill} or "
@@ -62,7 +71,7 @@ class SleepCache(Cache):
 
     def fork(self) -> "SleepCache":
         """A second cache with the same content; tensors are shared, since none is ever written in place."""
-        twin = SleepCache()
+        twin = type(self)()
         twin.memory, twin._owner, twin._read_with = self.memory, self._owner, self._read_with
         return twin
 
@@ -106,7 +115,7 @@ class SleepCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far, pads included: the logical length, which eviction does not change."""
-        return self.memory.columns
+        return self._memory.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: a stream may be endless."""
@@ -128,7 +137,7 @@ class SleepCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self.select_rows(torch.arange(len(self.memory.counters)).repeat_interleave(repeats))
+        self.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: what a sleep wrote cannot be taken back."""
@@ -148,7 +157,7 @@ class SleepCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows held."""
-        return len(self.memory.counters)
+        return len(self._memory.counters)
 
     @property
     def is_initialized(self) -> bool:
@@ -171,15 +180,15 @@ class SleepCache(Cache):
         return len(self.memory.carried)
 
     def __repr__(self) -> str:
-        held = f"columns={self.memory.columns}, max_kv_length={self.max_kv_length}"
-        return f"SleepCache(rows={self.batch_size}, {held})"
+        held = f"columns={self._memory.columns}, max_kv_length={self.max_kv_length}"
+        return f"{type(self).__name__}(rows={self.batch_size}, {held})"
 
     # What is held.
 
     @property
     def max_kv_length(self) -> int:
         """Tokens whose KV is held, in the row that holds most."""
-        return max((row.kv_length for row in self.memory.counters), default=0)
+        return max((row.kv_length for row in self._memory.counters), default=0)
 
     @property
     def fast_slots(self) -> frozenset[int]:

@@ -29,6 +29,7 @@ from .engine.between import Between
 from .engine.eviction import Eviction
 from .engine.passes import PassPolicy
 from .engine.slots import RunningOrder, among
+from .engine.static import Buffers, read_token
 from .engine.watch import PassEvent, Watchers
 from .engine.window import Append, Read, Span, Window
 from .memory import Carried, Counters, Memory
@@ -139,6 +140,12 @@ class Sleeper:
         counters = tuple(row.after_reading(n) for row, n in zip(part.counters, span.counts, strict=True))
         part = Memory(counters, carried, part.window_start, loop_output, loop_input, part.columns)
         return memory.merge(span.rows, part), x
+
+    def read_token(
+        self, buffers: Buffers, input_ids: torch.Tensor, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`wake` on one token of every row, in place: `engine.static.read_token`."""
+        return read_token(self.decoder, self.order, self.eviction, buffers, input_ids, active)
 
     def sleep(self, memory: Memory, rows: Sequence[int], policy: PassPolicy) -> Memory:
         """Consolidate the current windows of `rows`, then evict their KV.

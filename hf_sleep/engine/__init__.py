@@ -1,14 +1,16 @@
-"""What the algorithm in `sleep.py` is made of: slots, windows, evictions, pass policies, what lies between passes."""
+"""Building blocks of the algorithm in `sleep.py`: slots, windows, buffers, evictions, passes, what is between them."""
 
 from .between import Between, Gate, Nothing
 from .eviction import Eviction, EvictionPlan, Hard, Sliding
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
 from .slots import RunningOrder, Slot, run_slots, running_order
+from .static import Buffers, can_step, read_token
 from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers, in_this_thread
 from .window import Read, Span, Window
 
 __all__ = [
     "Between",
+    "Buffers",
     "Eviction",
     "EvictionPlan",
     "FixedPasses",
@@ -29,9 +31,11 @@ __all__ = [
     "Watchers",
     "Window",
     "WithinSeconds",
+    "can_step",
     "in_this_thread",
     "pass_policy",
     "policy_fields",
+    "read_token",
     "run_slots",
     "running_order",
 ]

@@ -5,7 +5,7 @@ of every pass. Slots before the loop run once per window, slots in it N times, s
 pass made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..layers import FastWeightBlock
 from ..memory import KV, Carried, FastWeights, Memory
 from ..placement import compute_device
 from .eviction import EvictionPlan
-from .window import Append, Window, take_columns
+from .window import Window, take_columns
 
 
 class Slot:
@@ -32,6 +32,9 @@ class Slot:
 
     remembers = False
     """Whether it carries fast weights."""
+
+    holds_kv = False
+    """Whether it carries keys and values."""
 
     def __init__(self, decoder: Decoder, index: int, is_looped: bool):
         self.decoder, self.index, self.is_looped = decoder, index, is_looped
@@ -91,7 +94,7 @@ class Norm(Slot):
 class WindowKV:
     """Stands in for a cache while one attention layer runs: joins its new keys and values to what was retained."""
 
-    def __init__(self, held: KV | None, append: Append):
+    def __init__(self, held: KV | None, append: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]):
         self.pair, self.append = held, append
         self.is_updated = False
 
@@ -108,6 +111,8 @@ class Attention(Slot):
     Args:
         kind: the decoder's name for this kind of layer, which decides RoPE and mask.
     """
+
+    holds_kv = True
 
     def __init__(self, decoder: Decoder, index: int, is_looped: bool, kind: str):
         super().__init__(decoder, index, is_looped)

@@ -4,7 +4,7 @@ A `Window` is built for new tokens (`Window.of_new`), or to read the tokens of t
 (`Window.again`). Both say the same of the same tokens, so a pass over a window equals its ordinary read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +141,7 @@ class Window:
     """
 
     lengths: torch.Tensor | None
-    append: Append
+    append: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
     ropes: dict[str, Rope]
     masks: dict[str, torch.Tensor | None]
     decays: bool = True
@@ -231,23 +231,52 @@ class Places:
 def _mask(
     places: Places, positions: torch.Tensor, own_window: int | None, implementation: str, dtype: torch.dtype
 ) -> torch.Tensor:
+    """Who sees whom, `[B or 1, 1, T, W]`, of places that are known as numbers."""
+    first, held, new, sinks = (
+        torch.tensor(values, device=positions.device).unsqueeze(1)
+        for values in (places.first, places.held, places.counts, places.sinks)
+    )
+    width = max(h + n for h, n in zip(places.held, places.counts, strict=True))
+    at = PlacedOnDevice(positions, first, held, new, sinks, width, places.span)
+    return mask_of(at, own_window, implementation, dtype)
+
+
+@dataclass(frozen=True)
+class PlacedOnDevice:
+    """`Places` as tensors.
+
+    Args:
+        positions: `[B or 1, T]`, of the new tokens.
+        first: `[B or 1, 1]`, as the others are: position number of the first new token.
+        held: KV columns before it.
+        new: new tokens.
+        sinks: how many of the columns are sinks, which stand first.
+        width: W, columns that attention reads; those that hold nothing are masked.
+        span: tokens that a query sees besides the sinks, `None` for all.
+    """
+
+    positions: torch.Tensor
+    first: torch.Tensor
+    held: torch.Tensor
+    new: torch.Tensor | int
+    sinks: torch.Tensor
+    width: int
+    span: int | None
+
+
+def mask_of(at: PlacedOnDevice, own_window: int | None, implementation: str, dtype: torch.dtype) -> torch.Tensor:
     """Who sees whom, `[B or 1, 1, T, W]`: boolean for sdpa, additive in `dtype` for eager."""
     if implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot express this mask (rows of different lengths, sliding "
-            "eviction or sinks): load the base with attn_implementation='sdpa'"
+            "eviction, sinks or fixed buffers): load the base with attn_implementation='sdpa'"
         )
-    held, first, new, sink = (
-        torch.tensor(values, device=positions.device).unsqueeze(1)
-        for values in (places.held, places.first, places.counts, places.sinks)
-    )
-    width = max(h + n for h, n in zip(places.held, places.counts, strict=True))
-    column = torch.arange(width, device=positions.device)
-    keys = torch.where(column < sink, column, column + (first - held))
-    distance = positions.unsqueeze(2) - keys.unsqueeze(1)
-    visible = (distance >= 0) & (column < held + new).unsqueeze(1)
-    if places.span is not None:
-        visible &= (distance < places.span) | (column < sink).unsqueeze(1)
+    column = torch.arange(at.width, device=at.positions.device)
+    keys = torch.where(column < at.sinks, column, column + (at.first - at.held))
+    distance = at.positions.unsqueeze(2) - keys.unsqueeze(1)
+    visible = (distance >= 0) & (column < at.held + at.new).unsqueeze(1)
+    if at.span is not None:
+        visible &= (distance < at.span) | (column < at.sinks).unsqueeze(1)
     if own_window is not None:
         visible &= distance < own_window
     visible = visible.unsqueeze(1)

@@ -27,7 +27,7 @@ from ..sleep import Sleeper
 from ..state import fingerprint
 from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
-from .compiling import uncompiled
+from .compiling import CompiledCall, uncompiled
 from .generation import SleepGenerationMixin
 from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
@@ -360,6 +360,16 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         # Ranks that hold a part of the weights each read in step, which those with a cache of their own cannot.
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return self.config.use_cache and not checkpointing and not is_sharded(self)
+
+    def get_compiled_call(self, compile_config: Any = None) -> CompiledCall:
+        """This model's call, whose decode steps run as one graph where the cache is a `StaticSleepCache`.
+
+        generate takes it then, on a GPU, and on a CPU where it was given a `compile_config`.
+
+        Args:
+            compile_config: a `transformers.CompileConfig`; `None`: transformers' default.
+        """
+        return CompiledCall.of(self, compile_config or self._default_compile_config())
 
     @takes_cache
     def sleep(self, cache: SleepCache, sleep_passes: int | PassPolicy | None = None) -> SleepCache:

@@ -1,11 +1,18 @@
 """torch.compile and a model that sleeps."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.utils import logging
+
+from ..compat import CACHE, CausalLMOutputWithPast
+from ..engine import Buffers
+from ..sleep import Sleeper
+from ..static_cache import StaticSleepCache
+from .inputs import check_cache, check_inputs, check_settings
 
 logger = logging.get_logger(__name__)
 
@@ -23,3 +30,79 @@ def uncompiled(function: Callable) -> Callable:
         return (run if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return choose
+
+
+# With other keywords, or with these set to something, a call is for the model itself.
+OF_A_STEP = {"input_ids", "attention_mask", CACHE, "use_cache", "logits_to_keep", "sleep_passes", "return_dict"}
+
+
+def read_token(
+    sleeper: Sleeper, buffers: Buffers, input_ids: torch.Tensor, active: torch.Tensor | None
+) -> torch.Tensor:
+    """`Sleeper.read_token`: what is compiled."""
+    return sleeper.read_token(buffers, input_ids, active)
+
+
+class CompiledCall:
+    """Calls a model; a token that no sleep comes before runs as one compiled graph, all else as it is.
+
+    The graph is made once per number of rows, and stays: sleeps come between two runs of it. It holds for a
+    `StaticSleepCache` and a call in which nothing needs a gradient. Any other call is the model's own, and does the
+    same.
+
+    Args:
+        model: a `SleepForCausalLM`. It is not kept alive.
+        config: keywords of `torch.compile`.
+    """
+
+    def __init__(self, model: Any, config: dict[str, Any]):
+        self.config, self._model = config, weakref.ref(model)
+        self._read_token = torch.compile(read_token, **config)
+        self._sleeper: Sleeper | None = None
+        self._settings: Any = None
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        model: Any = self._model()
+        cache: Any = inputs.get(CACHE)
+        if args or not self._is_step(model, cache, inputs):
+            return model(*args, **inputs)
+        sleeper = self._sleeper_of(model)
+        check_cache(cache, model)
+        check_settings(inputs.get("logits_to_keep", 0), None, False, None, None)
+        model._policy(inputs.get("sleep_passes"))
+        ids, vocab_size = inputs["input_ids"], model.config.text_config.vocab_size
+        layout = check_inputs(ids, inputs.get("attention_mask"), None, None, cache.shell, vocab_size)
+        if not cache.can_step(sleeper, layout.counts):
+            return model(**inputs)
+        step = functools.partial(self._read_token, sleeper)
+        logits = cache.read_token(sleeper, step, ids, layout.counts)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+
+    @classmethod
+    def of(cls, model: Any, config: Any) -> "CompiledCall":
+        """That of `model` with a `transformers.CompileConfig`: the same one for the same config."""
+        keywords, last = config.to_dict(), model.__dict__.get("_sleep_compiled_call")
+        if last is None or last.config != keywords:
+            last = model.__dict__["_sleep_compiled_call"] = cls(model, keywords)
+        return last
+
+    def _is_step(self, model: Any, cache: Any, inputs: dict[str, Any]) -> bool:
+        """Whether a call reads one more token of every row, and asks for logits alone."""
+        ids = inputs.get("input_ids")
+        return (
+            isinstance(cache, StaticSleepCache)
+            and not cache.is_empty
+            and ids is not None
+            and ids.dim() == 2
+            and ids.shape[1] == 1
+            and inputs.get("return_dict") is not False
+            and inputs.get("use_cache") is not False
+            and not (model.training or torch.is_grad_enabled())
+            and all(name in OF_A_STEP or value is None for name, value in inputs.items())
+        )
+
+    def _sleeper_of(self, model: Any) -> Sleeper:
+        """The algorithm; the same object while the settings are, or the graph's guards would look at a new one."""
+        if self._sleeper is None or self._settings is not model.config.sleep:
+            self._sleeper, self._settings = model._sleeper(), model.config.sleep
+        return self._sleeper

@@ -1,5 +1,6 @@
 """`generate` with a sleeping model: its cache, and a conversation that the cache has read a part of."""
 
+import copy
 import functools
 from contextlib import nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ from ..compat import CACHE, GenerationMixin
 from ..engine import in_this_thread
 from ..generation import RecurrentGenerationMixin
 from ..packing import refuse_packed
+from ..static_cache import StaticSleepCache
 from .inputs import memory_in
 
 
@@ -24,10 +26,11 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        made = generation_config.cache_implementation
+        if made not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold fast weights: leave it "
-                "unset, a SleepCache is made and is bounded anyway"
+                f"cache_implementation={made!r} cannot hold fast weights: leave it unset, a SleepCache is made and is "
+                "bounded anyway, or use 'static' to compile decoding"
             )
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
@@ -41,10 +44,16 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
         if (given := model_kwargs.get(CACHE)) is not None:
             if generation_config.use_cache is False:
                 raise ValueError("use_cache=False and a cache contradict each other: leave one of them out")
+            if made is not None:
+                raise ValueError(f"cache_implementation={made!r} and a cache contradict each other: leave one out")
             # It outlives the call, so a stop that is noticed a step late must not be taken back from it: it cannot be.
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs[CACHE] = SleepCache()
+            model_kwargs[CACHE] = StaticSleepCache() if made == "static" else SleepCache()
+        if generation_config.compile_config is not None:
+            # transformers compiles on a CPU only where its private flag says so. Who passes a config means it.
+            generation_config.compile_config = asked = copy.copy(generation_config.compile_config)
+            asked._compile_all_devices = True
 
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
@@ -93,7 +102,7 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         width = (inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]).shape[1]
         if (after := inputs.pop("sleep_after", None)) is not None:
-            first = memory_in(inputs.get(CACHE), self).columns
+            first = 0 if (cache := inputs.get(CACHE)) is None else int(cache.get_seq_length())
             # What is generated has no marks.
             if first < after.shape[1]:
                 inputs["sleep_after"] = F.pad(after, (0, width))[:, first : first + width]

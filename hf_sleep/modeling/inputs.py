@@ -143,6 +143,16 @@ def memory_in(cache: SleepCache | None, model: Any) -> Memory:
     """
     if cache is None:
         return Memory()
+    check_cache(cache, model)
+    return cache.memory
+
+
+def check_cache(cache: SleepCache, model: Any) -> None:
+    """Check that `model` can continue from `cache`.
+
+    Raises:
+        ValueError: a cache of another kind, or of another model.
+    """
     if not isinstance(cache, SleepCache):
         raise ValueError(
             f"cache is a {type(cache).__name__}: a sleeping model needs a hf_sleep.SleepCache (make an empty one, or "
@@ -155,7 +165,6 @@ def memory_in(cache: SleepCache | None, model: Any) -> Memory:
         )
     if not cache.is_empty:
         cache.check_settings(model)
-    return cache.memory
 
 
 def check_inputs(
