@@ -16,6 +16,7 @@ from .pipeline import SleepTextGenerationPipeline
 from .registry import register_base, register_between, register_block, register_eviction, register_pass_policy
 from .session import SleepSession
 from .state import SleepState
+from .static_cache import StaticSleepCache
 from .steps import cache_from
 from .store import SleepStore
 from .streaming import SleepStreamer
@@ -47,6 +48,7 @@ __all__ = [
     "SleepStore",
     "SleepStreamer",
     "SleepTextGenerationPipeline",
+    "StaticSleepCache",
     "UntilSettled",
     "WithinSeconds",
     "__version__",
