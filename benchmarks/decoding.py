@@ -1,6 +1,7 @@
 """Cost of decoding one token: eager and compiled, ours and the bare base's, in one run.
 
     python benchmarks/decoding.py [--model FOLDER] [--window-size L] [--threads N] [--dtype float32] [--output FILE]
+    python benchmarks/decoding.py --stream 10000       # a small random model over many sleeps: is it one graph?
 
 Four ways take turns, token by token, in one process, so that a drift of the machine's speed hits all of them: the bare
 base with its growing cache; the bare base compiled, with transformers' static cache of as many columns as ours has at
@@ -17,7 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, StaticSleepCache, default_dtype
 from hf_sleep.compat import CACHE
@@ -104,6 +113,34 @@ def measure(options: argparse.Namespace) -> dict:
     }
 
 
+@torch.inference_mode()
+def stream(options: argparse.Namespace) -> dict:
+    """Decode many tokens over many sleeps, two rows of which the second began later, compiled."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=options.window_size, **sizes))
+    sleep = SleepConfig(window_size=options.window_size, sleep_passes=2, num_blocks=2)
+    model = SleepForCausalLM.from_base(base.to(options.device).eval(), sleep).eval()
+    call, cache = model.get_compiled_call(CompileConfig(fullgraph=True)), StaticSleepCache()
+    ids = torch.randint(3, 512, (2, 8), device=options.device)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    model(ids, attention_mask=mask, cache=cache)
+    took: list[float] = []
+    before = counters["stats"]["unique_graphs"]
+    for token in torch.randint(3, 512, (options.stream, 2, 1), device=options.device):
+        took.append(seconds(lambda ids: call(input_ids=ids, **{CACHE: cache}).logits, token))
+    tenth = options.stream // 10
+    return {
+        "tokens": options.stream,
+        "device": options.device,
+        "window_size": options.window_size,
+        "sleeps": [row.sleeps for row in cache.memory.counters],
+        "graphs": counters["stats"]["unique_graphs"] - before,
+        "bytes": cache.num_bytes(),
+        "last_tenth_over_second": statistics.median(took[-tenth:]) / statistics.median(took[tenth : 2 * tenth]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".demo/SmolLM2-135M-Instruct", help="Hub id or folder of a base")
@@ -113,10 +150,11 @@ def main() -> None:
     parser.add_argument("--dtype", help="float32, bfloat16; by default the machine's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--stream", type=int, metavar="TOKENS", help="a small random model over many sleeps instead")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    found = measure(options)
+    found = stream(options) if options.stream else measure(options)
     text = json.dumps(found, indent=1)
     print(text)
     if options.output:

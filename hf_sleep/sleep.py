@@ -141,11 +141,9 @@ class Sleeper:
         part = Memory(counters, carried, part.window_start, loop_output, loop_input, part.columns)
         return memory.merge(span.rows, part), x
 
-    def read_token(
-        self, buffers: Buffers, input_ids: torch.Tensor, active: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read_token(self, buffers: Buffers) -> torch.Tensor:
         """`wake` on one token of every row, in place: `engine.static.read_token`."""
-        return read_token(self.decoder, self.order, self.eviction, buffers, input_ids, active)
+        return read_token(self.decoder, self.order, self.eviction, buffers)
 
     def sleep(self, memory: Memory, rows: Sequence[int], policy: PassPolicy) -> Memory:
         """Consolidate the current windows of `rows`, then evict their KV.

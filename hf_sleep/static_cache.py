@@ -10,8 +10,8 @@ from .cache import SleepCache
 from .engine import Buffers, can_step
 from .memory import Memory
 
-Step = Callable[[Buffers, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""`Sleeper.read_token`, compiled or not: buffers, ids and which rows are active in; logits `[B, 1, vocab]` out."""
+Step = Callable[[Buffers], torch.Tensor]
+"""`Sleeper.read_token`, compiled or not: logits `[B, 1, vocab]` out."""
 
 
 class StaticSleepCache(SleepCache):
@@ -26,7 +26,6 @@ class StaticSleepCache(SleepCache):
     def __init__(self) -> None:
         super().__init__()
         self._buffers: Buffers | None = None
-        self._active: dict[tuple[int, ...], torch.Tensor] = {}
         self._held: Memory | None = None  # what the buffers hold, as a value
         self._is_ahead = False  # whether they hold what `_memory` has no tensors of
 
@@ -79,11 +78,9 @@ class StaticSleepCache(SleepCache):
                 self._buffers = Buffers.like(self._memory, sleeper.eviction)
             self._buffers.load(self._memory)
         buffers: Any = self._buffers
-        rows = tuple(counts)
-        if len(rows) > 1 and rows not in self._active:
-            self._active[rows] = torch.tensor(rows, dtype=torch.bool, device=input_ids.device)
+        buffers.put(input_ids, counts)
         try:
-            logits = step(buffers, input_ids, self._active.get(rows))
+            logits = step(buffers)
         except BaseException:
             # What a token writes first stands where nothing is held yet: only where the next one goes has to be mended.
             buffers.place(self._memory)

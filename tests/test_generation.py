@@ -270,7 +270,10 @@ REFUSED = {
     "prompt lookup": (lambda: {"prompt_lookup_num_tokens": 2}, "not supported with stateful models, such as Sleep"),
     "early exit": (lambda: {"assistant_early_exit": 1}, "not supported with stateful models, such as Sleep"),
     "assistant": (lambda: {"assistant_model": make_base("llama")}, "not supported with stateful models, such as Sleep"),
-    "static": (lambda: {"cache_implementation": "static"}, "cache_implementation='static' cannot hold fast weights"),
+    "static and a cache": (
+        lambda: {"cache_implementation": "static", CACHE: SleepCache()},
+        "cache_implementation='static' and a cache contradict each other",
+    ),
     "quantized": (
         lambda: {"cache_implementation": "quantized"},
         "='quantized' cannot hold fast weights: leave it unset",

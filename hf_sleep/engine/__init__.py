@@ -6,7 +6,7 @@ from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_p
 from .slots import RunningOrder, Slot, run_slots, running_order
 from .static import Buffers, can_step, read_token
 from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers, in_this_thread
-from .window import Read, Span, Window
+from .window import Read, Span, Window, require_masks
 
 __all__ = [
     "Between",
@@ -36,6 +36,7 @@ __all__ = [
     "pass_policy",
     "policy_fields",
     "read_token",
+    "require_masks",
     "run_slots",
     "running_order",
 ]

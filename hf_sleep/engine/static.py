@@ -20,9 +20,11 @@ from .window import PlacedOnDevice, Window, mask_of
 
 @dataclass(frozen=True, eq=False)
 class Buffers:
-    """What a batch carries while it decodes, in tensors that are written in place.
+    """What a batch carries while it decodes, and its next token, in tensors that are written in place.
 
     Args:
+        input_ids: `[B, 1]`, int64, the next token.
+        active: `[B]`, bool, which rows have one. Of one row nobody asks.
         places: `[4, B]`, int64, of the next token: its position number, KV columns held, tokens in the window, and
             tokens read so far.
         carried: per slot, as in `Memory`; KV is `[B, H, M, D]`, M the most columns that are ever held.
@@ -30,6 +32,8 @@ class Buffers:
         loop_input: `[B, L, C]`, as in `Memory`.
     """
 
+    input_ids: torch.Tensor
+    active: torch.Tensor
     places: torch.Tensor
     carried: tuple[Carried, ...]
     loop_output: torch.Tensor
@@ -40,9 +44,16 @@ class Buffers:
         """Make some for a memory in the middle of its windows. They hold nothing of it yet."""
         tensors = (_fixed(t, width) for t, width in _widths(memory, eviction))
         carried = tuple(pair and type(pair)(*(next(tensors) for _ in pair)) for pair in memory.carried)
-        loop_output = next(tensors)
-        places = torch.zeros(4, len(memory.counters), dtype=torch.long, device=loop_output.device)
-        return cls(_fixed(places, places.shape[-2]), carried, loop_output, next(tensors, None))
+        loop_output, rows = next(tensors), len(memory.counters)
+        ids, places = (torch.zeros(*shape, rows, dtype=torch.long, device=loop_output.device) for shape in ((), (4,)))
+        return cls(
+            _fixed(ids.unsqueeze(1)),
+            _fixed(ids.bool()),
+            _fixed(places),
+            carried,
+            loop_output,
+            next(tensors, None),
+        )
 
     def fit(self, memory: Memory, eviction: Eviction) -> bool:
         """Whether they can hold a memory: they are what `like` would make for it."""
@@ -56,6 +67,13 @@ class Buffers:
             width = min(mine.shape[-2], theirs.shape[-2])
             mine[..., :width, :].copy_(theirs[..., :width, :])
         self.place(memory)
+
+    @torch.no_grad()
+    def put(self, input_ids: torch.Tensor, counts: Sequence[int]) -> None:
+        """Write the next token: ids `[B, 1]`, and per row 1, or 0 where the column is a pad."""
+        self.input_ids.copy_(input_ids)
+        if len(counts) > 1:
+            self.active.copy_(torch.tensor(counts))
 
     @torch.no_grad()
     def place(self, memory: Memory) -> None:
@@ -82,7 +100,7 @@ class Buffers:
 
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.places, *_tensors_of(self)))
+        return sum(t.nbytes for t in (self.input_ids, self.active, self.places, *_tensors_of(self)))
 
 
 def _tensors_of(held: Memory | Buffers) -> list[torch.Tensor]:
@@ -106,10 +124,10 @@ def _shape(t: torch.Tensor, width: int) -> torch.Size:
     return torch.Size((*t.shape[:-2], width, t.shape[-1]))
 
 
-def _fixed(like: torch.Tensor, width: int) -> torch.Tensor:
-    """Zeros as `like`, with `width` columns (dimension -2), which graphs find at the same address every time."""
+def _fixed(like: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """Zeros as `like`, or with `width` columns (dimension -2), which graphs find at the same address every time."""
     with torch.inference_mode(False):
-        t = torch.zeros(_shape(like, width), dtype=like.dtype, device=like.device)
+        t = torch.zeros(like.shape if width is None else _shape(like, width), dtype=like.dtype, device=like.device)
     torch._dynamo.mark_static_address(t)
     return t
 
@@ -151,15 +169,8 @@ def can_step(memory: Memory, order: RunningOrder, window_size: int, counts: Sequ
     return not any(slot.holds_kv and pair is None for slot, pair in zip(order.slots, memory.carried, strict=True))
 
 
-def read_token(
-    decoder: Decoder,
-    order: RunningOrder,
-    eviction: Eviction,
-    buffers: Buffers,
-    input_ids: torch.Tensor,
-    active: torch.Tensor | None,
-) -> torch.Tensor:
-    """Read a token of every row into buffers, none of whose windows is full: `Sleeper.wake` of one token, in place.
+def read_token(decoder: Decoder, order: RunningOrder, eviction: Eviction, buffers: Buffers) -> torch.Tensor:
+    """Read a token of every active row, no window of which is full: `Sleeper.wake` of one token, in place.
 
     Nothing here asks a tensor for its value, so that it can be compiled as one graph.
 
@@ -167,15 +178,14 @@ def read_token(
         decoder: of the base.
         order: of its layers and the blocks.
         eviction: says how far attention reaches, and which tokens are sinks.
-        buffers: are moved on.
-        input_ids: `[B, 1]`.
-        active: `[B]`, the rows that have a token; `None`: all. The others stay as they are.
+        buffers: have the token, and are moved on; rows that have none stay as they are.
 
     Returns:
         Logits `[B, 1, vocab]`, zeros in rows that have no token.
     """
+    active = buffers.active if len(buffers.active) > 1 else None
     position, held, fill, seen = buffers.places.unbind()
-    x: Any = decoder.embed(input_ids)
+    x: Any = decoder.embed(buffers.input_ids)
     at = PlacedOnDevice(
         position.unsqueeze(1),
         position.unsqueeze(1),

@@ -266,11 +266,7 @@ class PlacedOnDevice:
 
 def mask_of(at: PlacedOnDevice, own_window: int | None, implementation: str, dtype: torch.dtype) -> torch.Tensor:
     """Who sees whom, `[B or 1, 1, T, W]`: boolean for sdpa, additive in `dtype` for eager."""
-    if implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            f"attn_implementation={implementation!r} cannot express this mask (rows of different lengths, sliding "
-            "eviction, sinks or fixed buffers): load the base with attn_implementation='sdpa'"
-        )
+    require_masks(implementation)
     column = torch.arange(at.width, device=at.positions.device)
     keys = torch.where(column < at.sinks, column, column + (at.first - at.held))
     distance = at.positions.unsqueeze(2) - keys.unsqueeze(1)
@@ -283,3 +279,16 @@ def mask_of(at: PlacedOnDevice, own_window: int | None, implementation: str, dty
     if implementation == "eager":
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
     return visible
+
+
+def require_masks(implementation: str) -> None:
+    """Check that a way to compute attention takes masks like ours.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot express this mask (rows of different lengths, sliding "
+            "eviction, sinks or fixed buffers): load the base with attn_implementation='sdpa'"
+        )

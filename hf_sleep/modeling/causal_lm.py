@@ -364,10 +364,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
     def get_compiled_call(self, compile_config: Any = None) -> CompiledCall:
         """This model's call, whose decode steps run as one graph where the cache is a `StaticSleepCache`.
 
-        generate takes it then, on a GPU, and on a CPU where it was given a `compile_config`.
-
-        Args:
-            compile_config: a `transformers.CompileConfig`; `None`: transformers' default.
+        generate takes it then, on a GPU, and on a CPU where it got a `compile_config` (a `transformers.CompileConfig`).
         """
         return CompiledCall.of(self, compile_config or self._default_compile_config())
 

@@ -1,5 +1,6 @@
 """torch.compile and a model that sleeps."""
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..compat import CACHE, CausalLMOutputWithPast
-from ..engine import Buffers
+from ..engine import Buffers, require_masks
 from ..sleep import Sleeper
 from ..static_cache import StaticSleepCache
 from .inputs import check_cache, check_inputs, check_settings
@@ -36,11 +37,9 @@ def uncompiled(function: Callable) -> Callable:
 OF_A_STEP = {"input_ids", "attention_mask", CACHE, "use_cache", "logits_to_keep", "sleep_passes", "return_dict"}
 
 
-def read_token(
-    sleeper: Sleeper, buffers: Buffers, input_ids: torch.Tensor, active: torch.Tensor | None
-) -> torch.Tensor:
+def read_token(sleeper: Sleeper, buffers: Buffers) -> torch.Tensor:
     """`Sleeper.read_token`: what is compiled."""
-    return sleeper.read_token(buffers, input_ids, active)
+    return sleeper.read_token(buffers)
 
 
 class CompiledCall:
@@ -52,12 +51,13 @@ class CompiledCall:
 
     Args:
         model: a `SleepForCausalLM`. It is not kept alive.
-        config: keywords of `torch.compile`.
+        config: of `torch.compile`, a `transformers.CompileConfig`.
     """
 
-    def __init__(self, model: Any, config: dict[str, Any]):
+    def __init__(self, model: Any, config: Any):
         self.config, self._model = config, weakref.ref(model)
-        self._read_token = torch.compile(read_token, **config)
+        # Sizes are fixed, which is the point: another number of rows is another graph.
+        self._read_token = torch.compile(read_token, **config.to_dict() | {"dynamic": config.dynamic or False})
         self._sleeper: Sleeper | None = None
         self._settings: Any = None
 
@@ -80,10 +80,10 @@ class CompiledCall:
 
     @classmethod
     def of(cls, model: Any, config: Any) -> "CompiledCall":
-        """That of `model` with a `transformers.CompileConfig`: the same one for the same config."""
-        keywords, last = config.to_dict(), model.__dict__.get("_sleep_compiled_call")
-        if last is None or last.config != keywords:
-            last = model.__dict__["_sleep_compiled_call"] = cls(model, keywords)
+        """That of `model`: the same one for an equal config, and its graphs with it."""
+        last = model.__dict__.get("_sleep_compiled_call")
+        if last is None or last.config != config:
+            last = model.__dict__["_sleep_compiled_call"] = cls(model, copy.copy(config))
         return last
 
     def _is_step(self, model: Any, cache: Any, inputs: dict[str, Any]) -> bool:
@@ -105,4 +105,5 @@ class CompiledCall:
         """The algorithm; the same object while the settings are, or the graph's guards would look at a new one."""
         if self._sleeper is None or self._settings is not model.config.sleep:
             self._sleeper, self._settings = model._sleeper(), model.config.sleep
+        require_masks(self._sleeper.decoder.attention_implementation)
         return self._sleeper

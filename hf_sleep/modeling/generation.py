@@ -55,6 +55,11 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
             generation_config.compile_config = asked = copy.copy(generation_config.compile_config)
             asked._compile_all_devices = True
 
+    @staticmethod
+    def create_masks_for_generate(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> Any:
+        """The mask as it is. generate would make a stock model's for a cache that compiles; this one makes its own."""
+        return attention_mask
+
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
     ) -> Any:

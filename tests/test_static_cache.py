@@ -1,0 +1,309 @@
+"""Law 12: decoding as one compiled graph gives what decoding gives without, over sleeps too."""
+
+import itertools
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from families import FAMILIES, exact, make_model, sleep_config, tokens
+from helpers import EVICTIONS, L, T, assert_close, assert_same_states, pad, sleeper, states, stream
+from transformers import CompileConfig
+
+from hf_sleep import SleepCache, SleepState, StaticSleepCache
+from hf_sleep.compat import CACHE
+from hf_sleep.engine import Eviction
+
+EXPERTS = ("qwen3_next", "qwen3_moe", "mixtral", "gpt_oss", "granitemoehybrid", "kimi_linear")
+SPREAD = [
+    f"{f}/{e}/N{1 + (i + j) % 3}/{('all', '1-3', '0-2')[(i + j) % 3]}{('', '/gate')[(i // 3 + j) % 2]}"
+    for (i, f), (j, e) in itertools.product(enumerate(FAMILIES), enumerate(EVICTIONS))
+]
+# A graph a family, each with another eviction, is enough: what is compiled is what the others run.
+COMPILED = [case for i, case in enumerate(SPREAD) if i % 4 == (i // 4) % 4]
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+class Counting:
+    """A backend of torch.compile that runs graphs as they are, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs, **_):
+        self.graphs += 1
+        return graph.forward
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model, backend=None):
+    return model.get_compiled_call(CompileConfig(backend=backend or Counting(), fullgraph=True, dynamic=False))
+
+
+def model_of(case):
+    model = sleeper(case).eval()
+    if case.split("/")[0] in EXPERTS:
+        # A loop over the experts that were hit is no graph; this is what transformers decodes with.
+        model.lm.set_experts_implementation("batched_mm")
+    return model
+
+
+def one_by_one(call, ids, cache):
+    """Read `[B, T]` token by token: the logits."""
+    return torch.cat([call(input_ids=token, **{CACHE: cache}).logits for token in ids.split(1, 1)], 1)
+
+
+def held(model, cache):
+    """All that a cache holds, as a value."""
+    state = SleepState.from_cache(model, cache.fork())
+    return {name: t.tolist() for name, t in state.tensors.items()}, state.rows, state.columns
+
+
+def read_in_turn(case, call_of):
+    """Logits token by token over three windows, in two rows that sleep at different times, and the memory at the end.
+
+    Returns:
+        How many tokens were read in place, and how many were not.
+    """
+    with exact(), torch.no_grad():
+        model = model_of(case)
+        call, static, plain = call_of(model), StaticSleepCache(), SleepCache()
+        ids, mask = pad([tokens(L - 1, 3), tokens(2, 4)], "left")
+        for cache in (static, plain):
+            model(ids, attention_mask=mask, cache=cache)
+        in_place = 0
+        for column in range(T):
+            token = torch.stack((tokens(T, 1)[column], tokens(T, 2)[column]))[:, None]
+            expected = model(token, cache=plain).logits
+            assert_close(call(input_ids=token, **{CACHE: static}).logits, expected, what=f"column {column}")
+            in_place += static._is_ahead
+        for row in (0, 1):
+            assert_same_states(states(model, static, row), states(model, plain, row))
+        assert static.memory.counters == plain.memory.counters
+        assert static.memory.columns == plain.memory.columns
+    return in_place, sum(row.sleeps for row in plain.memory.counters)
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_12_in_place_is_by_values(case):
+    """What is compiled, as it is."""
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        in_place, sleeps = read_in_turn(case, compiled)
+    assert sleeps >= 6
+    assert in_place == T - sleeps
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_12_compiled_is_eager(case):
+    """One graph, whatever sleeps lie between."""
+    backend = Counting()
+    in_place, sleeps = read_in_turn(case, lambda model: compiled(model, backend))
+    assert in_place == T - sleeps > 0
+    assert backend.graphs == 1
+
+
+def test_20_sleeps_and_other_calls_make_no_new_graph():
+    model, backend = sleeper("llama/sliding+sink/N2/1-3").eval(), Counting()
+    call, cache = compiled(model, backend), StaticSleepCache()
+    with torch.no_grad():
+        for column, token in enumerate(tokens(25 * L).split(1)):
+            call(input_ids=token[None], **{CACHE: cache})
+            if column % 17 == 0:
+                model(tokens(3, column)[None], cache=cache)
+                cache.fork()
+    assert cache.memory.counters[0].sleeps > 20
+    assert backend.graphs == 1
+    with torch.no_grad():  # another conversation finds the graph, and another number of rows has one of its own
+        other = StaticSleepCache()
+        one_by_one(call, tokens(2 * L, 5)[None], other)
+        assert backend.graphs == 1
+        for rows in (2, 3, 2):
+            one_by_one(call, tokens(L, 5).expand(rows, L), StaticSleepCache())
+    assert backend.graphs == 3
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_generate_says_the_same(eviction):
+    """Rows of different lengths, of which one ends early and is fed pads."""
+    model = sleeper(f"llama/{eviction}/N2/1-3").eval()
+    ids, mask = pad([tokens(2 * L + 1, 1), tokens(3, 2), tokens(L, 3)], "left")
+    free = model.generate(ids, attention_mask=mask, max_new_tokens=2 * L, **GREEDY)
+    end = free[1, ids.shape[1] + 2].item()  # the second row ends at its third token at the latest
+    options = GREEDY | {"max_new_tokens": 2 * L, "eos_token_id": end, "return_dict_in_generate": True}
+    backend = Counting()
+    config = CompileConfig(backend=backend, fullgraph=True)
+    plain = model.generate(ids, attention_mask=mask, **options)
+    static = model.generate(ids, attention_mask=mask, cache_implementation="static", compile_config=config, **options)
+    assert (plain.sequences[1] == 0).any()
+    assert torch.equal(static.sequences, plain.sequences)
+    assert backend.graphs == 1
+    assert isinstance(static.cache, StaticSleepCache)
+    for row in range(3):
+        assert_same_states(states(model, static.cache, row), states(model, plain.cache, row))
+    assert static.cache.memory.counters == plain.cache.memory.counters
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_generate_with_several_rows_each(options):
+    model = sleeper("llama/hard/N2/all").eval()
+    said = []
+    for more in ({}, {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}):
+        torch.manual_seed(0)
+        said.append(model.generate(tokens(L + 2)[None], max_new_tokens=2 * L, **(GREEDY | options | more)))
+    assert torch.equal(*said)
+
+
+def test_a_value_that_was_taken_stays():
+    """A fork, a state and a part of the rows are of the moment, whatever is decoded after, and continue from it."""
+    model = sleeper("qwen3_next/sliding+sink/N2/all")
+    model.lm.set_experts_implementation("batched_mm")
+    call, cache = compiled(model.eval()), StaticSleepCache()
+    ids = torch.stack((tokens(T, 1), tokens(T, 2)))
+    with exact(), torch.no_grad():
+        one_by_one(call, ids[:, :3], cache)
+        assert cache._is_ahead
+        fork = cache.fork()
+        then = held(model, cache)
+        one_by_one(call, ids[:, 3:], cache)
+        assert then == held(model, fork) != held(model, cache)
+        assert isinstance(fork, StaticSleepCache)
+        again = one_by_one(call, ids[:, 3:], fork)
+        expected, plain = stream(model, ids, [1] * T)
+        assert_close(again, expected[:, 3:])
+        cache.batch_select_indices(torch.tensor([1]))
+        more = tokens(4, 9)[None]
+        plain.batch_select_indices(torch.tensor([1]))
+        assert_close(one_by_one(call, more, cache), stream(model, more, [1] * 4, plain)[0])
+
+
+def test_what_is_held_never_grows():
+    model = sleeper("llama/hard+sink/N2/all").eval()
+    call, cache = compiled(model), StaticSleepCache()
+    sizes = set()
+    with torch.no_grad():
+        for token in tokens(6 * L).split(1):
+            call(input_ids=token[None], **{CACHE: cache})
+            if cache._is_ahead:
+                sizes.add(cache.num_bytes())
+    assert len(sizes) == 1
+
+
+def test_a_step_that_fails_changes_nothing():
+    model = sleeper("llama/hard/N2/all").eval()
+    call, cache = compiled(model), StaticSleepCache()
+    ids = tokens(L)[None]
+    with torch.no_grad():
+        one_by_one(call, ids[:, :4], cache)
+        before = held(model, cache)
+        fails = mock.patch.object(call, "_read_token", mock.Mock(side_effect=RuntimeError("none left")))
+        with fails, pytest.raises(RuntimeError, match="none left"):
+            call(input_ids=ids[:, 4:5], **{CACHE: cache})
+        assert held(model, cache) == before
+        with pytest.raises(ValueError, match="ids must be from 0 to"):
+            call(input_ids=torch.tensor([[10_000]]), **{CACHE: cache})
+        with pytest.raises(ValueError, match="cache holds 1 sequences, the input 2"):
+            call(input_ids=ids[:, :1].expand(2, 1), **{CACHE: cache})
+        with pytest.raises(ValueError, match="logits_to_keep=-1"):
+            call(input_ids=ids[:, 4:5], logits_to_keep=-1, **{CACHE: cache})
+        assert held(model, cache) == before
+        expected = stream(model, ids, [1] * L)[0][:, 4:]
+        assert_close(call(input_ids=ids[:, 4:5], **{CACHE: cache}).logits, expected)
+
+
+def test_settings_that_change_are_seen():
+    """Another window, and another number of passes; the graph of the one is not the graph of the other."""
+    model = sleeper("llama/sliding/N1/all").eval()
+    call = compiled(model)
+    with torch.no_grad():
+        for settings in ({}, {"window_size": L + 2}, {"sleep_passes": 3, "eviction": "hard"}):
+            with model.sleeping(**settings):
+                ids = tokens(3 * L)[None]
+                assert_close(one_by_one(call, ids, StaticSleepCache()), stream(model, ids, [1] * (3 * L))[0])
+
+
+def test_what_is_no_step_is_the_model_itself():
+    """Several tokens, gradients, training, hidden states, another cache: as without."""
+    model, backend = sleeper("llama/hard/N2/all").eval(), Counting()
+    call, ids = compiled(model, backend), tokens(2 * L)[None]
+    with torch.no_grad():
+        cache, other = StaticSleepCache(), StaticSleepCache()
+        assert torch.equal(call(input_ids=ids, **{CACHE: cache}).logits, model(ids, cache=other).logits)
+        one = ids[:, :1]
+        hidden = call(input_ids=one, skip_head=True, **{CACHE: cache}).last_hidden_state
+        assert torch.equal(hidden, model(one, cache=other, skip_head=True).last_hidden_state)
+        assert torch.equal(call(one, cache=SleepCache()).logits, model(one).logits)
+        assert isinstance(call(input_ids=one, return_dict=False, **{CACHE: cache}), tuple)
+    loss = call(input_ids=one, labels=one, **{CACHE: cache}).loss
+    assert loss is not None
+    assert call(input_ids=one, **{CACHE: StaticSleepCache()}).logits.requires_grad
+    assert backend.graphs == 0
+
+
+def test_it_compiles_where_it_is_asked_to():
+    """On a CPU transformers compiles nothing by itself; a config asks for it."""
+    model, backend = sleeper("llama/hard/N2/all").eval(), Counting()
+    options = GREEDY | {"max_new_tokens": 4, "return_dict_in_generate": True}
+    made = model.generate(tokens(3)[None], cache_implementation="static", **options).cache
+    assert isinstance(made, StaticSleepCache)
+    assert made._buffers is None
+    config = CompileConfig(backend=backend)
+    given = model.generate(tokens(3)[None], compile_config=config, **{CACHE: StaticSleepCache()}, **options).cache
+    assert given._buffers is not None
+    assert backend.graphs == 1
+    assert config._compile_all_devices is None
+    assert model.get_compiled_call(config) is model.get_compiled_call(CompileConfig(backend=backend))
+    assert model.get_compiled_call(config) is not model.get_compiled_call(CompileConfig(backend="eager"))
+
+
+def test_attention_that_takes_no_mask_is_refused():
+    model = make_model("llama", sleep_config("llama")).eval()
+    call, cache = compiled(model), StaticSleepCache()
+    with torch.no_grad():
+        model(tokens(2)[None], cache=cache)
+        model.lm.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match=r"attn_implementation='flash_attention_2' .* fixed buffers.*sdpa"):
+            call(input_ids=tokens(1)[None], **{CACHE: cache})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, as inductor loads
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_12_with_inductor():
+    """The backend that people use: float32, sinks, a sliding window, rows of which one has ended."""
+    model = sleeper("llama/sliding+sink/N2/1-3", torch.float32).eval()
+    call, static, plain = model.get_compiled_call(CompileConfig(fullgraph=True)), StaticSleepCache(), SleepCache()
+    ids = torch.stack((tokens(3 * L, 1), tokens(3 * L, 2)))
+    with torch.no_grad():
+        for column, token in enumerate(ids.split(1, 1)):
+            mask = torch.tensor([[1], [int(column < L + 3)]])
+            expected = model(token, attention_mask=mask, cache=plain).logits
+            mine = call(input_ids=token, attention_mask=mask, **{CACHE: static}).logits
+            assert_close(mine, expected, 1e-4)
+        for row in (0, 1):
+            assert_same_states(states(model, static, row), states(model, plain, row), 1e-4)
+
+
+def test_an_eviction_of_anothers_own():
+    """Fixed buffers are as wide as any style says that it can become."""
+
+    class Half(Eviction):
+        def __init__(self, window_size, num_sink_tokens=0):
+            super().__init__(window_size, num_sink_tokens)
+            self.recent = window_size // 2
+
+    model = sleeper("llama/hard/N2/all").eval()
+    call, static, plain = compiled(model), StaticSleepCache(), SleepCache()
+    halving = mock.patch.object(type(model.config.sleep), "make_eviction", lambda sleep: Half(sleep.window_size))
+    with halving, torch.no_grad():
+        for token in tokens(4 * L)[None].split(1, 1):
+            expected = model(token, cache=plain).logits
+            assert_close(call(input_ids=token, **{CACHE: static}).logits, expected)
+    assert static._is_ahead
