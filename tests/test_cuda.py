@@ -8,7 +8,8 @@ import torch
 from families import FAMILIES, exact, tokens
 from helpers import EVICTIONS, L, T, assert_close, labelled_batch, loss_and_gradients, pad, sleeper, stream
 
-from hf_sleep import SleepCache, SleepState, ops
+from hf_sleep import SleepCache, SleepState, StaticSleepCache, ops
+from hf_sleep.compat import CACHE
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -45,6 +46,21 @@ def test_reading_in_pieces_and_what_is_remembered(case):
         for mine, theirs in zip(cache.memory.carried[slot], kept.memory.carried[slot], strict=True):
             assert mine.is_cuda
             assert_close(mine.cpu(), theirs, what=f"fast weights {slot}")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of what inductor imports
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_a_cuda_graph_decodes_as_eager_does(eviction):
+    """Law 12, as generate compiles it on a GPU, over sleeps."""
+    model = sleeper(f"llama/{eviction}/N2/1-3", torch.float32).cuda().eval()
+    torch.compiler.reset()
+    call, static, plain = model.get_compiled_call(), StaticSleepCache(), SleepCache()
+    with torch.no_grad():
+        for token in torch.stack((tokens(T), tokens(T, 2))).cuda().split(1, 1):
+            expected = model(token, cache=plain).logits
+            assert_close(call(input_ids=token, **{CACHE: static}).logits, expected, 1e-4)
+    assert static._is_ahead
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("case", EXACT)
