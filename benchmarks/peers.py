@@ -101,7 +101,7 @@ def ours(base: PreTrainedModel, passes: tuple[int, ...]) -> tuple[dict, int]:
 def of_kvpress(model: str, ids: list[int], kept: int, options: argparse.Namespace) -> dict:
     """What kvpress's presses took in a process of their own, and the bare base there."""
     asked = {
-        "model": Path(model).name,
+        "model": model,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "ids": ids,
@@ -149,12 +149,12 @@ def compare(base: PreTrainedModel, model: str, tokenizer, options: argparse.Name
     found |= {"lengths": []}
     for tokens in options.tokens:
         ids = text_ids(tokenizer, tokens)
+        theirs = of_kvpress(model, ids, kept, options) if has_kvpress else None
         took = measure(readers, torch.tensor([ids]), options.decode, options.turns, not options.once)
         rows = rows_of({name: asdict(of) for name, of in took.items()}, "ours")
-        if has_kvpress:
-            theirs = of_kvpress(model, ids, kept, options)
+        if theirs:
             rows += rows_of(theirs["measured"], "kvpress", "kvpress ")
-        beside = theirs["releases"] if has_kvpress else NOT_THERE if options.presses else "not asked for"
+        beside = theirs["releases"] if theirs else NOT_THERE if options.presses else "not asked for"
         found["lengths"].append({"tokens": tokens, "turns": options.turns, "once": options.once, "kvpress": beside})
         found["lengths"][-1]["rows"] = rows
         console.print(table(tokens, rows))
