@@ -261,6 +261,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def in_short(base: PreTrainedModel, quick: bool) -> None:
+    """The part that `make bench` shows, on a model that is loaded already."""
+    tokens = ["--tokens", "1024" if quick else "2048", "--dtype", str(base.dtype).removeprefix("torch.")]
+    model = base.config.name_or_path
+    options = parser().parse_args([*tokens, "--model", model, *(("--passes", "1", "--decode", "4") if quick else ())])
+    compare(base, model, AutoTokenizer.from_pretrained(model), options)
+
+
 def main() -> None:
     options = parser().parse_args()
     if options.install_kvpress:
