@@ -17,7 +17,7 @@ from hf_sleep.cli.readers import FullCache, Sleeping, StreamingLLM, cache_bytes
 from hf_sleep.compat import CACHE
 from hf_sleep.info import describe
 
-MOST, SINKS, BLOCK = 12, 2, 3
+MOST, SINKS, BLOCK = 12, 2, 6
 
 
 def one_layer() -> LlamaForCausalLM:
