@@ -263,10 +263,11 @@ def parser() -> argparse.ArgumentParser:
 
 def in_short(base: PreTrainedModel, quick: bool) -> None:
     """The part that `make bench` shows, on a model that is loaded already."""
-    tokens = ["--tokens", "1024" if quick else "2048", "--dtype", str(base.dtype).removeprefix("torch.")]
     model = base.config.name_or_path
-    options = parser().parse_args([*tokens, "--model", model, *(("--passes", "1", "--decode", "4") if quick else ())])
-    compare(base, model, AutoTokenizer.from_pretrained(model), options)
+    asked = ["--model", model, "--dtype", str(base.dtype).removeprefix("torch."), "--presses", "SnapKVPress"]
+    asked += ["--tokens", "1024", "--decode", "4"] if quick else ["--tokens", "2048"]
+    passes = ["--passes", "1", *([] if quick else ["2"])]
+    compare(base, model, AutoTokenizer.from_pretrained(model), parser().parse_args(asked + passes))
 
 
 def main() -> None:

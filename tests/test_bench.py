@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_base, make_model, sleep_config
-from helpers import assert_close
+from helpers import assert_close, byte_tokenizer, save_tiny_llama
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from hf_sleep import SleepCache, SleepConfig
 from hf_sleep.cli.measure import TensorBytes, measure
@@ -120,12 +121,15 @@ def test_a_reader_sleeps_with_its_own_number_of_passes():
 @pytest.fixture
 def peers():
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    verbosity = logging.get_verbosity()
     try:
         import peers
 
         yield peers
     finally:
         sys.path.pop(0)
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def test_the_peers_hold_as_many_bytes_as_hard_eviction_at_a_full_window(peers, monkeypatch):
@@ -176,3 +180,23 @@ def test_kvpress_counts_as_installed_in_the_pinned_releases_alone(peers, monkeyp
     assert peers.is_installed()
     (folder / "METADATA").write_text(f"Name: {name}\nVersion: 0.0.1\n", encoding="utf-8")
     assert not peers.is_installed()
+
+
+def test_peers_says_that_kvpress_is_not_there_and_draws_the_rest(peers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(peers, "WINDOW", 32)
+    monkeypatch.setattr(peers, "OVERLAY", tmp_path / "nothing")
+    model = save_tiny_llama(tmp_path / "model", byte_tokenizer())
+    file, picture = tmp_path / "peers.json", tmp_path / "peers.png"
+    arguments = ["--model", model, "--dtype", "float32", "--tokens", "80", "96", "--decode", "1", "--passes", "1"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *arguments, "--json", str(file), "--plot", str(picture)])
+    peers.main()
+    assert "kvpress is not installed, so it is not measured" in capsys.readouterr().out
+    found = json.loads(file.read_text(encoding="utf-8"))
+    names = ["base", "StreamingLLM", "ours, hard, N = 1", "ours, sliding, N = 1"]
+    for length, tokens in zip(found["lengths"], (80, 96), strict=True):
+        assert (length["tokens"], length["kvpress"]) == (tokens, peers.NOT_THERE)
+        assert [row["who"] for row in length["rows"]] == names
+        base, *others = length["rows"]
+        assert base["bytes_held"] > others[0]["bytes_held"] > 0
+        assert set(base["ratio"].values()) == {1}
+    assert picture.read_bytes().startswith(b"\x89PNG")
