@@ -18,7 +18,7 @@ from hf_sleep.cli.readers import FullCache, Sleeping, StreamingLLM, cache_bytes
 from hf_sleep.compat import CACHE
 from hf_sleep.info import describe
 
-MOST, SINKS, BLOCK = 12, 2, 6
+MOST, SINKS, BLOCK = 12, 2, 3
 
 
 def one_layer() -> LlamaForCausalLM:

@@ -52,8 +52,8 @@ class FullCache:
 class StreamingLLM:
     """A base that keeps the KV of its first tokens and of the last ones. A key's position is its place among them.
 
-    It reads and evicts half of `most` at a time, and never holds more than `most` tokens. Smaller blocks would show it
-    more of the last tokens, and cost more.
+    It reads and evicts a quarter of `most` at a time, and never holds more than `most` tokens. Larger blocks would show
+    it fewer of the last tokens, and cost less.
 
     Args:
         lm: a base, of whose attention layers none has a window of its own.
@@ -67,7 +67,7 @@ class StreamingLLM:
     """
 
     def __init__(self, lm: Any, most: int, sinks: int = 4):
-        self.decoder, self.most, self.num_sinks, self.block = decoder_for(lm), most, sinks, most // 2
+        self.decoder, self.most, self.num_sinks, self.block = decoder_for(lm), most, sinks, most // 4
         if others := set(self.decoder.kinds) - {"full_attention"}:
             works = f"StreamingLLM is for full attention, and the base has {', '.join(sorted(others))} layers"
             raise ValueError(works)
