@@ -210,13 +210,14 @@ def plot(found: dict, path: Path) -> None:
     for length in found["lengths"]:
         base = length["rows"][0]
         for row in length["rows"]:
-            scaled = {key: row["ratio"][key] * base[key] for key, *_ in panels}
+            scaled = {"tokens": length["tokens"]} | {key: row["ratio"][key] * base[key] for key, *_ in panels}
             by_name.setdefault(row["who"], []).append(scaled)
     names = [name for name in by_name if not name.startswith("base,")]
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), sharex=True)
     for axis, (key, label, unit) in zip(axes.flat, panels, strict=True):
         for name in names:
-            axis.plot(lengths, [row[key] / unit for row in by_name[name]], label=name, **style(name))
+            at = [row["tokens"] for row in by_name[name]]
+            axis.plot(at, [row[key] / unit for row in by_name[name]], label=name, **style(name))
         axis.set(xscale="log", yscale="log", title=label, xticks=lengths)
         axis.set_xticklabels([f"{tokens:,}" for tokens in lengths])
         axis.minorticks_off()
