@@ -2,7 +2,8 @@
 
 Decoding and reading are timed on SmolLM2-135M-Instruct, as `make demo` unpacked it, or on --model, any id or folder.
 The timed things take turns, so that a drift of the machine's speed hits all of them. Memory in training is counted
-exactly, tensor by tensor; the speed of training is training.py's.
+exactly, tensor by tensor; the speed of training is training.py's. At the end a table of what people would use instead
+(peers.py, which measures more of it).
 """
 
 import argparse
@@ -10,29 +11,25 @@ import itertools
 import json
 import os
 import statistics
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import bench_ops
+import peers
 import torch
 from report import Report, console, in_turn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from training import training
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, default_dtype
 from hf_sleep.bases.decoder import Decoder
+from hf_sleep.cli.measure import TensorBytes
+from hf_sleep.cli.readers import cache_bytes
 from hf_sleep.compat import CACHE
 
 WINDOW = 512
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, steps: int) -> None:
@@ -165,28 +162,6 @@ def operators(report: Report, quick: bool) -> None:
         )
 
 
-class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made within it that are alive; `peak` is the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.sizes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage()) not in self.sizes:
-                self.sizes[storage] = size = storage.nbytes()
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self.forget, size)
-        return out
-
-    def forget(self, size: int) -> None:
-        self.alive -= size
-
-
 def training_memory(report: Report) -> None:
     """Peak bytes of tensors in a training step over more and more windows, N = 2, labels in the last window."""
     rows, window, width = 8, 128, 256
@@ -263,6 +238,7 @@ def main() -> None:
     training_memory(report)
     training(report, arguments.quick)
     console.print(report.table())
+    peers.in_short(base, arguments.quick)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.rows, indent=1), encoding="utf-8")
 

@@ -349,6 +349,7 @@ def test_an_untrained_base_says_so_once(base: str, checkpoint: str, text: str, t
         (["generate", "MODEL", " "], "it must be a string that says something"),
         (["bench", "MODEL", "--tokens", "5000"], "the base has 2,048 positions, so use at most 2016"),
         (["bench", "MODEL", "--text", "EMPTY"], "it holds no text"),
+        (["bench", "MODEL", "--passes", "2,0"], "--passes 0: a window is read once at least, so use 1 or more"),
     ],
 )
 def test_errors_are_one_line(base, checkpoint, memory, text, tmp_path, monkeypatch, arguments, message) -> None:
@@ -569,8 +570,8 @@ def test_env_says_what_a_bug_report_needs() -> None:
     assert f"hf_sleep                {__version__}" in done(run("env"))
 
 
-def test_bench_measures_both_on_one_text(checkpoint: str, text: str) -> None:
-    found = asked("bench", checkpoint, "--tokens", "24", "--decode", "2", "--text", text)
+def test_bench_measures_all_on_one_text(checkpoint: str, text: str) -> None:
+    found = asked("bench", checkpoint, "--tokens", "24", "--decode", "2", "--text", text, "--passes", "1,4,1")
     config = AutoModelForCausalLM.from_pretrained(checkpoint).config.text_config
     per_token = 2 * config.num_hidden_layers * config.hidden_size * 4
     assert found["base"]["bytes_held"] == 24 * per_token
@@ -578,9 +579,30 @@ def test_bench_measures_both_on_one_text(checkpoint: str, text: str) -> None:
     assert found["sleep"]["seconds_per_sleep"] > 0
     assert found["base"]["seconds_per_sleep"] is None
     assert found["ratio"]["bytes_held"] == found["sleep"]["bytes_held"] / found["base"]["bytes_held"]
-    shown = done(run("bench", checkpoint, "--tokens", "12", "--decode", "1", width=60))
+    assert list(found["others"]) == ["N = 1", "N = 4", "StreamingLLM"]
+    streaming = found["others"]["StreamingLLM"]["bytes_held"]
+    assert 0 < streaming <= found["sleep"]["bytes_held"]
+    assert streaming % per_token == 0
+    for one in (found["sleep"], found["base"], *found["others"].values()):
+        assert one["first_token_seconds"] == pytest.approx(24 / one["read_tokens_per_second"])
+        assert one["peak_bytes"] > one["bytes_held"]
+
+
+def test_bench_shows_two_tables(checkpoint: str) -> None:
+    shown = done(run("bench", checkpoint, "--tokens", "12", "--decode", "1", width=80))
     assert "12 tokens read, 1 decoded; L = 8, N = 2" in shown
     assert "sleep/base" in shown
+    assert "StreamingLLM/base" in shown
+
+
+def test_bench_says_why_streaming_llm_is_left_out(checkpoint: str, monkeypatch) -> None:
+    def refuse(*arguments):
+        raise ValueError("the base has other layers")
+
+    monkeypatch.setattr("hf_sleep.cli.readers.StreamingLLM", refuse)
+    result = run("bench", checkpoint, "--tokens", "12", "--decode", "1", "--json")
+    assert "Without StreamingLLM: the base has other layers" in result.stderr
+    assert json.loads(result.stdout)["others"] == {}
 
 
 # help
