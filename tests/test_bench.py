@@ -200,3 +200,13 @@ def test_peers_says_that_kvpress_is_not_there_and_draws_the_rest(peers, monkeypa
         assert base["bytes_held"] > others[0]["bytes_held"] > 0
         assert set(base["ratio"].values()) == {1}
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_make_bench_shows_the_peers_of_the_model_it_has_loaded(peers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(peers, "OVERLAY", tmp_path / "nothing")
+    base = LlamaForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "model", byte_tokenizer()))
+    peers.in_short(base.eval(), quick=True)
+    shown = capsys.readouterr().out
+    assert "1,024 tokens" in shown
+    assert "StreamingLLM" in shown
+    assert "ours, hard, N = 1" in shown
