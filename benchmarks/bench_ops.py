@@ -12,11 +12,9 @@ MKL_ENABLE_INSTRUCTIONS=AVX2` in the environment leaves it AVX2.
 import argparse
 import itertools
 import json
-import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,11 +70,11 @@ def seconds(run: Callable, rule: Callable, inputs: list[torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def compare(run: Callable, inputs: list[torch.Tensor], budget: float) -> dict[str, float]:
-    """Median milliseconds of ours and of theirs, and the median ratio, from turns of about `budget` seconds."""
+def compare(run: Callable, inputs: list[torch.Tensor], budget: float, least: int) -> dict[str, float]:
+    """Median milliseconds of ours and of theirs, and the median ratio, from about `budget` seconds, `least` turns."""
     seconds(run, chunk_gated_delta_rule, inputs)
     once = seconds(run, theirs, inputs)
-    turns = max(5, min(200, int(budget / (2 * once))))
+    turns = max(least, min(200, int(budget / (2 * once))))
     times = []
     for turn in range(turns):
         order = (chunk_gated_delta_rule, theirs)[:: 1 if turn % 2 else -1]
@@ -96,10 +94,10 @@ def sizes(quick: bool) -> list[dict]:
     ]
 
 
-def measure(size: dict, budget: float) -> dict:
+def measure(size: dict, budget: float, least: int) -> dict:
     """A size and its figures: what `compare` gives, per part."""
     inputs = make_inputs(*(size[name] for name in "BTHKV"), getattr(torch, size["dtype"]))
-    return size | {name: compare(run, inputs, budget) for name, run in PARTS.items()}
+    return size | {name: compare(run, inputs, budget, least) for name, run in PARTS.items()}
 
 
 def show(row: dict) -> None:
@@ -111,7 +109,7 @@ def in_this_process(quick: bool) -> list[dict]:
     """Every size with its figures, printed as they come."""
     rows = []
     for size in sizes(quick):
-        rows.append(measure(size, 0.3 if quick else 1.0))
+        rows.append(measure(size, 0.3 if quick else 1.0, least=5))
         show(rows[-1])
     return rows
 
@@ -125,28 +123,20 @@ def header() -> None:
 
 
 def in_fresh_processes(options: argparse.Namespace) -> list[dict]:
-    """Every size's medians over fresh processes, with the ratio of each.
-
-    A process measures the sizes of one dtype and number of rows, all in the order of `sizes`.
-    """
-    groups = itertools.groupby(enumerate(sizes(options.quick)), key=lambda one: (one[1]["dtype"], one[1]["B"]))
-    rows = []
-    for _, group in groups:
-        indices = [index for index, _ in group]
-        runs = list(zip(*(fresh_process(options, indices) for _ in range(options.processes)), strict=True))
-        for same in runs:
-            rows.append(same[0] | {part: median([row[part] for row in same]) for part in PARTS})
-            show(rows[-1])
+    """Every size's medians over fresh processes, with the ratio of each, printed as they come."""
+    wanted = [size for size in sizes(options.quick) if options.batch in (None, size["B"])]
+    wanted = [size for size in wanted if options.dtype in (None, size["dtype"])]
+    runs = [fresh_process(wanted) for _ in range(options.processes)]
+    rows = [same[0] | {part: median([row[part] for row in same]) for part in PARTS} for same in zip(*runs, strict=True)]
+    for row in rows:
+        show(row)
     return rows
 
 
-def fresh_process(options: argparse.Namespace, indices: list[int]) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        figures = Path(folder) / "rows.json"
-        part = [f"--only={indices[0]}:{indices[-1] + 1}", f"--threads={torch.get_num_threads()}", f"--json={figures}"]
-        quick = ["--quick"] if options.quick else []
-        subprocess.run([*shlex.split(options.launcher), sys.executable, __file__, *part, *quick], check=True)
-        return json.loads(figures.read_text())
+def fresh_process(wanted: list[dict]) -> list[dict]:
+    """The figures of these sizes, by this file in a process that has run nothing."""
+    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--sizes", json.dumps(wanted)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def median(figures: list[dict[str, float]]) -> dict:
@@ -168,15 +158,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer sizes and turns: about half a minute")
     parser.add_argument("--threads", type=int, help="on a busy machine, 1 gives steadier ratios")
     parser.add_argument("--processes", type=int, default=1, help="fresh processes per size (default: this one)")
-    parser.add_argument("--launcher", default="", help="a command that starts each of them, as 'taskset -c 0'")
+    parser.add_argument("--batch", type=int, choices=BATCHES, help="with --processes: these sizes alone")
+    parser.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], help="with --processes: alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # first:end of the sizes, for a fresh process
+    parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)  # of a fresh process
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.only:
-        rows = [measure(size, 0.3) for size in sizes(options.quick)[slice(*map(int, options.only.split(":")))]]
-        options.json.write_text(json.dumps(rows), encoding="utf-8")
+    if options.sizes:
+        print(json.dumps([measure(size, 0.3, least=1) for size in options.sizes]))
         return
     header()
     rows = in_fresh_processes(options) if options.processes > 1 else in_this_process(options.quick)

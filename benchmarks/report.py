@@ -1,11 +1,15 @@
-"""Timing in turn, and rows of figures beside what they must be, for all parts of `make bench`."""
+"""Timing in turn, counting bytes, and rows of figures beside what they must be, for all parts of `make bench`."""
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 console = Console(width=120)
 
@@ -44,3 +48,25 @@ def in_turn(functions: list[Callable[[], object]], turns: int) -> list[float]:
     """Median seconds of each, timed one after the other in every turn."""
     times = [[seconds(function) for function in functions] for _ in range(turns)]
     return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made within it that are alive; `peak` is the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.sizes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage()) not in self.sizes:
+                self.sizes[storage] = size = storage.nbytes()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.forget, size)
+        return out
+
+    def forget(self, size: int) -> None:
+        self.alive -= size

@@ -10,16 +10,13 @@ import itertools
 import json
 import os
 import statistics
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import bench_ops
 import torch
-from report import Report, console, in_turn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from report import Report, TensorBytes, console, in_turn
 from training import training
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -164,28 +161,6 @@ def operators(report: Report, quick: bool) -> None:
         report.add(
             f"    median for 64-256 tokens, {part}", statistics.median(windows), "<=", 0.99, f"{len(windows)} sizes"
         )
-
-
-class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made within it that are alive; `peak` is the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.sizes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage()) not in self.sizes:
-                self.sizes[storage] = size = storage.nbytes()
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self.forget, size)
-        return out
-
-    def forget(self, size: int) -> None:
-        self.alive -= size
 
 
 def training_memory(report: Report) -> None:
