@@ -1,6 +1,7 @@
 """Speed of the chunked gated delta rule against transformers' torch fallback, on this machine's CPU.
 
     python benchmarks/bench_ops.py [--quick] [--threads N] [--processes N] [--json FILE]
+    python benchmarks/bench_ops.py --chunk-sizes [--threads N]   # of 16, 32 and 64 tokens, and the rule's choice
 
 Prints milliseconds (medians) and the ratio ours / transformers, below 1 where ours is faster. The two take turns in one
 process, so that a busy machine slows both alike; the ratio is the median over turns of the ratio within a turn. With
@@ -18,13 +19,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
+from report import in_turn
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from hf_sleep import default_dtype
-from hf_sleep.ops import chunk_gated_delta_rule
+from hf_sleep.ops import chunk_gated_delta_rule, chunked
 
 # Rows of a batch and (heads, key width, value width).
 BATCHES = (1, 8)
@@ -139,6 +142,30 @@ def fresh_process(wanted: list[dict]) -> list[dict]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
+def chunk_sizes() -> None:
+    """Print milliseconds with chunks of each size, in turn, float32; `*` after what `chunk_size` chooses."""
+
+    def in_chunks_of(size: int) -> Callable:
+        def rule(*inputs: torch.Tensor):
+            with mock.patch.object(chunked, "chunk_size", return_value=size):
+                return chunk_gated_delta_rule(*inputs)
+
+        return rule
+
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; ms, chunks of 16, 32, 64")
+    for batch, (h, key_dim, value_dim), tokens in itertools.product(
+        BATCHES, HEADS, (16, 32, 48, 64, 80, 128, 256, 512)
+    ):
+        inputs, cells = make_inputs(batch, tokens, h, key_dim, value_dim, torch.float32), []
+        for run in PARTS.values():
+            rules = [in_chunks_of(size) for size in (16, 32, 64)]
+            steps = [lambda run=run, rule=rule, inputs=inputs: run(rule, inputs) for rule in rules]
+            in_turn(steps, 1)
+            for size, took in zip((16, 32, 64), in_turn(steps, 9), strict=True):
+                cells.append(f"{1e3 * took:8.2f}{'*' if size == chunked.chunk_size(tokens) else ' '}")
+        print(f"{batch:2} {h:3} {key_dim:3} {value_dim:3} {tokens:5}", *cells, flush=True)
+
+
 def median(figures: list[dict[str, float]]) -> dict:
     medians = {name: statistics.median(one[name] for one in figures) for name in figures[0]}
     return medians | {"ratios": [one["ratio"] for one in figures]}
@@ -160,6 +187,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="fresh processes per size (default: this one)")
     parser.add_argument("--batch", type=int, choices=BATCHES, help="with --processes: these sizes alone")
     parser.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], help="with --processes: alone")
+    parser.add_argument("--chunk-sizes", action="store_true", help="compare chunks of 16, 32 and 64 tokens instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)  # of a fresh process
     options = parser.parse_args()
@@ -167,6 +195,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.sizes:
         print(json.dumps([measure(size, 0.3, least=1) for size in options.sizes]))
+        return
+    if options.chunk_sizes:
+        chunk_sizes()
         return
     header()
     rows = in_fresh_processes(options) if options.processes > 1 else in_this_process(options.quick)
