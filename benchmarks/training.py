@@ -253,14 +253,14 @@ def scaled(shape: Shape, turns: int) -> dict:
     return asdict(shape) | {name: {"seconds": took, "peak_bytes": peak} for name, took, peak in figures}
 
 
-def scaling(turns: int) -> dict[str, list[dict]]:
+def scaling(axes: list[str], turns: int) -> dict[str, list[dict]]:
     """Print a table per axis; its rows."""
     found = {}
-    for axis, shapes in AXES.items():
+    for axis in axes:
         print(f"\n| {axis} | ms | ÷ parallel | checkpointing ÷ without | peak MB | with checkpointing | parallel |")
         print("|---|---|---|---|---|---|---|", flush=True)
         found[axis] = []
-        for shape in shapes:
+        for shape in AXES[axis]:
             row = scaled(shape, turns)
             found[axis].append(row)
             ours, again, other = (row.get(name) for name in ("by windows", "checkpointing", "parallel"))
@@ -303,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="by default all of them")
     parser.add_argument("--profile", action="store_true", help="shares of a step's time, L = 256, instead")
     parser.add_argument("--json", type=Path, help="write the table's figures to this file, too")
     options = parser.parse_args()
@@ -311,7 +312,7 @@ def main() -> None:
     if options.profile:
         profiled(256)
         return
-    figures = scaling(options.turns)
+    figures = scaling(options.axes, options.turns)
     if options.json:
         about = {
             "isa": torch.backends.cpu.get_cpu_capability(),
