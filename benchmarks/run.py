@@ -146,10 +146,11 @@ def decoded_window(model: SleepForCausalLM, report: Report, turns: int) -> None:
 
 def operators(report: Report, quick: bool) -> None:
     """The chunked gated delta rule beside transformers' torch fallback."""
-    rows = bench_ops.ratios(quick)
-    for part, ratio in (("forward", 1), ("forward + backward", 2)):
-        values = [row[ratio] for row in rows]
-        windows = [row[ratio] for row in rows if 64 <= row[0] <= 256]
+    bench_ops.header()
+    rows = bench_ops.in_this_process(quick)
+    for part in bench_ops.PARTS:
+        values = [row[part]["ratio"] for row in rows]
+        windows = [row[part]["ratio"] for row in rows if 64 <= row["T"] <= 256]
         report.add(
             f"gated delta rule ÷ transformers, {part}, worst",
             max(values),

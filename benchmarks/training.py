@@ -1,27 +1,38 @@
-"""Costs of training through sleep, beside what they could be: steps are a forward and a backward, no optimizer."""
+"""Costs of training through sleep, beside what they could be: steps are a forward and a backward, no optimizer.
 
+python benchmarks/training.py [--threads N] [--json FILE]   # how a step scales: a table per axis
+python benchmarks/training.py --profile                     # where the time of a step goes
+"""
+
+import argparse
+import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from report import Report, in_turn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sleep import SleepConfig, SleepForCausalLM
+from hf_sleep.cli.measure import TensorBytes
 from hf_sleep.data import GSMInfinite
 
 VOCABULARY = 256
 TOLERANCE = 1e-4  # float32
 
 
-def hybrid(window: int, quick: bool) -> SleepForCausalLM:
-    """Eight layers of 256 channels and two Jet blocks that write something, in training."""
+def hybrid(window: int, layers: int) -> SleepForCausalLM:
+    """Layers of 256 channels and two Jet blocks that write something, in training."""
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=688,
-        num_hidden_layers=2 if quick else 8,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         vocab_size=VOCABULARY,
     )
@@ -48,7 +59,7 @@ def asleep(quick: bool) -> tuple[SleepForCausalLM, torch.Tensor, str]:
     """A model, windows that all sleep (the token after them makes the last one), and a word on them."""
     window, windows, rows = 256, 4, 1 if quick else 2
     ids = torch.randint(0, VOCABULARY, (rows, windows * window + 1))
-    return hybrid(window, quick), ids, f"{rows} × {windows} windows of {window}"
+    return hybrid(window, 2 if quick else 8), ids, f"{rows} × {windows} windows of {window}"
 
 
 def passes(report: Report, quick: bool, turns: int) -> None:
@@ -117,7 +128,7 @@ def windowed(report: Report, window: int, quick: bool, turns: int) -> None:
     """Training window by window, N = 1, beside the same hybrid over the whole sequence at once."""
     rows, tokens = (1, 1024) if quick else (2, 2048)
     ids = torch.randint(0, VOCABULARY, (rows, tokens))
-    model = hybrid(window, quick)
+    model = hybrid(window, 2 if quick else 8)
     by_window = stepping(model, lambda: model(ids, labels=ids, sleep_passes=1).loss)
     masked = stepping(model, lambda: parallel_loss(model, ids, tokens))
     as_rows = stepping(model, lambda: parallel_loss(model, ids, window))
@@ -181,3 +192,137 @@ def training(report: Report, quick: bool) -> None:
         windowed(report, window, quick, turns)
     checkpointing(report, quick, turns)
     problems(report, quick, turns)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one training step reads.
+
+    Args:
+        windows: per row, all whole.
+        passes: N.
+        window_size: L.
+        rows: of the batch.
+    """
+
+    windows: int = 8
+    passes: int = 1
+    window_size: int = 128
+    rows: int = 1
+
+
+AXES = {
+    "windows": [Shape(windows=n) for n in (2, 4, 8, 16, 32, 64)],
+    "passes": [Shape(passes=n) for n in (1, 2, 3, 4)],
+    "window_size": [Shape(windows=2048 // n, window_size=n) for n in (64, 128, 256, 512)],
+    "rows": [Shape(rows=n) for n in (1, 2, 4, 8)],
+}
+"""One thing at a time, from a common middle; where L grows, T stays."""
+
+
+def scaled(shape: Shape, turns: int) -> dict:
+    """Seconds and peak bytes of a step: by windows, by windows with checkpointing, and the hybrid in parallel (N = 1).
+
+    Peaks are of tensors, without the parameters and their gradients, which stay from step to step.
+    """
+    model = hybrid(shape.window_size, layers=4)
+    ids = torch.randint(0, VOCABULARY, (shape.rows, shape.windows * shape.window_size))
+
+    def by_windows(recompute: bool) -> Callable[[], torch.Tensor]:
+        def loss() -> torch.Tensor:
+            model.gradient_checkpointing = recompute
+            return model(ids, labels=ids, sleep_passes=shape.passes).loss
+
+        return loss
+
+    losses = {
+        "by windows": by_windows(False),
+        "checkpointing": by_windows(True),
+        "parallel": lambda: parallel_loss(model, ids, shape.window_size),
+    }
+    if shape.passes > 1:
+        del losses["parallel"]  # it has one pass
+    steps = [stepping(model, loss) for loss in losses.values()]
+    in_turn(steps, 1)
+    times = in_turn(steps, turns)
+    peaks = []
+    for loss in losses.values():
+        with TensorBytes() as counted:
+            loss().backward()
+        peaks.append(counted.peak)
+    figures = zip(losses, times, peaks, strict=True)
+    return asdict(shape) | {name: {"seconds": took, "peak_bytes": peak} for name, took, peak in figures}
+
+
+def scaling(axes: list[str], turns: int) -> dict[str, list[dict]]:
+    """Print a table per axis; its rows."""
+    found = {}
+    for axis in axes:
+        print(f"\n| {axis} | ms | ÷ parallel | checkpointing ÷ without | peak MB | with checkpointing | parallel |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        found[axis] = []
+        for shape in AXES[axis]:
+            row = scaled(shape, turns)
+            found[axis].append(row)
+            ours, again, other = (row.get(name) for name in ("by windows", "checkpointing", "parallel"))
+            beside = f"{ours['seconds'] / other['seconds']:.2f}" if other else ""
+            peaks = [f"{kind['peak_bytes'] / 1e6:.0f}" if kind else "" for kind in (ours, again, other)]
+            cells = [1e3 * ours["seconds"], beside, again["seconds"] / ours["seconds"], *peaks]
+            shown = [cell if isinstance(cell, str) else f"{cell:.3g}" for cell in cells]
+            print("|", " | ".join([str(getattr(shape, axis)), *shown]), "|", flush=True)
+    return found
+
+
+KINDS = {
+    "matrix products of the layers": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::_scaled_dot_product_flash",),
+    "gated delta rule and convolution": ("aten::bmm", "aten::baddbmm", "aten::linalg", "_Chunked", "_Conv"),
+    "elementwise": ("aten::mul", "aten::add", "aten::silu", "aten::pow", "aten::div", "aten::neg", "aten::rsqrt"),
+    "copies and zeros": ("aten::copy", "aten::fill", "aten::cat", "aten::zero"),
+}
+"""Operations by the beginning of their names, the first that fits."""
+
+
+def profiled(window: int) -> None:
+    """Print the shares of a step's time by kind of operation, by windows and in parallel, N = 1."""
+    ids, model = torch.randint(0, VOCABULARY, (2, 2048)), hybrid(window, 8)
+    by_window = stepping(model, lambda: model(ids, labels=ids, sleep_passes=1).loss)
+    parallel = stepping(model, lambda: parallel_loss(model, ids, window))
+    for name, step in (("by windows", by_window), ("parallel", parallel)):
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            step()
+        spent: Counter[str] = Counter()
+        for event in found.key_averages():
+            kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "all else")
+            spent[kind] += event.self_cpu_time_total
+        shares = ", ".join(f"{kind} {took / spent.total():.1%}" for kind, took in spent.most_common())
+        print(f"{name}, {spent.total() / 1e6:.2f} s: {shares}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="by default all of them")
+    parser.add_argument("--profile", action="store_true", help="shares of a step's time, L = 256, instead")
+    parser.add_argument("--json", type=Path, help="write the table's figures to this file, too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.profile:
+        profiled(256)
+        return
+    figures = scaling(options.axes, options.turns)
+    if options.json:
+        about = {
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "threads": options.threads,
+            "turns": options.turns,
+            "torch": torch.__version__,
+        }
+        options.json.write_text(json.dumps(about | {"axes": figures}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ from .engine.passes import PassPolicy
 from .engine.slots import RunningOrder, among
 from .engine.static import Buffers, read_token
 from .engine.watch import PassEvent, Watchers
-from .engine.window import Append, Read, Span, Window
+from .engine.window import Append, Read, Span, Window, in_pieces
 from .memory import Carried, Counters, Memory
 
 
@@ -90,6 +90,7 @@ class Sleeper:
         size, told = self.eviction.window_size, sleep_after or [[]] * len(counts)
         reads: list[Read] = []
         done, slept = [0] * len(counts), [0] * len(counts)
+        pieces = {0: x} if any(told) else in_pieces(x, [row.fill for row in memory.counters], size)
         while True:
             due = [
                 b
@@ -104,7 +105,7 @@ class Sleeper:
             if done == counts:
                 return memory, reads
             span = Span.next(memory, done, counts, size, wanted, told)
-            memory, hidden = self.wake(memory, span, span.of(x), self._wanted_now(memory, span, policy))
+            memory, hidden = self.wake(memory, span, span.of(pieces), self._wanted_now(memory, span, policy))
             for b, n in zip(span.rows, span.counts, strict=True):
                 done[b] += n
             reads.append(Read(span, hidden if span.is_wanted else None))

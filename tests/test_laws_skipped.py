@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 from families import FAMILIES, tokens
-from helpers import EVICTIONS, L, T, assert_close, sleeper, states, stream
+from helpers import EVICTIONS, L, T, assert_close, pad, sleeper, states, stream
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sleep import SleepCache
 from hf_sleep.engine import Eviction
@@ -142,3 +143,38 @@ def test_11_nothing_before_the_first_block_has_a_backward():
     layers_run(model)
     handle.remove()
     assert seen == [False] * 3
+
+
+class SliceGradients(TorchDispatchMode):
+    """Notes how many tokens the gradients have that a backward makes of slices of `[B, T, C]` along T."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.like, self.tokens = like, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.slice_backward.default and out.dim() == 3 and out.shape[2] == self.like.shape[2]:
+            self.tokens.append(out.shape[1])
+        return out
+
+
+@pytest.mark.parametrize("lengths", [(T, T), (T, 2 * L - 1)])
+@pytest.mark.parametrize("case", ["llama/hard/N1/all", "llama/sliding+sink/N2/1-3"])
+def test_11_no_window_has_a_gradient_as_long_as_the_call(case, lengths):
+    model = sleeper(case, torch.float32).train()
+    ids, mask = pad([tokens(n, i) for i, n in enumerate(lengths)], "right")
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def run(mode):
+        with mode:
+            loss = model(inputs_embeds=embeds, attention_mask=mask, labels=ids).loss
+            return [loss.detach(), *torch.autograd.grad(loss, [embeds, *model.fast_weights.parameters()])]
+
+    cut, whole = SliceGradients(embeds), SliceGradients(embeds)
+    lean = run(cut)
+    with mock.patch("hf_sleep.sleep.in_pieces", lambda x, *_: {0: x}):
+        full = run(whole)
+    assert all(torch.equal(a, b) for a, b in zip(lean, full, strict=True))
+    assert max(whole.tokens) == T
+    assert max(cut.tokens, default=0) < T

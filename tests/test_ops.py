@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from hf_sleep import ops
-from hf_sleep.ops import delta_rule, fla
+from hf_sleep.ops import chunked, delta_rule, fla
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -66,6 +66,23 @@ def test_chunk_equals_naive(tokens, dtype):
 def test_chunk_equals_naive_at_other_widths(key_dim, value_dim, tokens):
     inputs = make_inputs(1, tokens, 1, key_dim, value_dim)
     assert_same(run(ops.chunk_gated_delta_rule, inputs), run(ops.naive_gated_delta_rule, inputs), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 16), (48, 16), (49, 32), (80, 16), (112, 32)]
+)
+def test_short_calls_are_not_padded_by_half_a_chunk(tokens, size):
+    assert chunked.chunk_size(tokens) == size
+
+
+@pytest.mark.parametrize("tokens", [16, 40, 100])
+def test_what_backward_needs_changes_no_result(tokens):
+    inputs = make_inputs(2, tokens)
+    o, state = ops.chunk_gated_delta_rule(*inputs)
+    with torch.no_grad():
+        read, last = ops.chunk_gated_delta_rule(*inputs)
+    assert torch.equal(read, o)
+    assert torch.equal(last, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -69,13 +69,38 @@ class Span:
             ),
         )
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Its tokens out of the call's `[B, T, C]`: `[rows, tokens, C]`, pads after the shorter rows' tokens."""
-        if len(self.rows) == x.shape[0] and len(set(self.start)) == 1:
-            return x[:, self.start[0] : self.start[0] + max(self.counts)]
-        index = torch.tensor(self.start).unsqueeze(1) + torch.arange(max(self.counts))
+    def of(self, pieces: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Its tokens, `[rows, tokens, C]`, pads after the shorter rows' tokens.
+
+        Args:
+            pieces: the call's `[B, T, C]`, as `in_pieces` cut it.
+        """
+        first = max(begin for begin in pieces if begin <= min(self.start))
+        x, start, width = pieces[first], [s - first for s in self.start], max(self.counts)
+        if len(self.rows) == x.shape[0] and len(set(start)) == 1:
+            return x if x.shape[1] == width else x[:, start[0] : start[0] + width]
+        index = torch.tensor(start).unsqueeze(1) + torch.arange(width)
         picked = x[torch.tensor(self.rows, device=x.device)]
         return take_columns(picked, index.clamp(max=x.shape[1] - 1).to(x.device))
+
+
+def in_pieces(x: torch.Tensor, fill: Sequence[int], window_size: int) -> dict[int, torch.Tensor]:
+    """Cut a call's tokens `[B, T, C]` where windows end, if all rows' end together; by the first token of each piece.
+
+    The gradient of a slice is as long as what it was taken from, and that of a piece as long as the piece: of a long
+    call, windows that are slices cost the square of their number.
+
+    Args:
+        x: the tokens.
+        fill: per row, tokens in its window before them.
+        window_size: L.
+    """
+    first = window_size - fill[0] % window_size
+    if len(set(fill)) > 1 or x.shape[1] <= first:
+        return {0: x}
+    begins = [0, *range(first, x.shape[1], window_size)]
+    sizes = [end - begin for begin, end in zip(begins, [*begins[1:], x.shape[1]], strict=True)]
+    return dict(zip(begins, x.split(sizes, dim=1), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

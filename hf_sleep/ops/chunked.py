@@ -17,13 +17,24 @@ def chunked_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """A form of the gated delta rule (`delta_rule.Form`) for several tokens."""
     tokens = q.shape[1]
-    size = 16 if tokens <= 16 else 32
+    size = chunk_size(tokens)
     inputs = [q, k, v, g, beta]
     extra = -tokens % size
     if extra:
         inputs = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra)) for x in inputs]
-    o, state = _ChunkedDeltaRule.apply(*inputs, state, size)
+    is_differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    o, state = _ChunkedDeltaRule.apply(*inputs, state, size, is_differentiated)
     return o[:, :tokens] if extra else o, state
+
+
+def chunk_size(tokens: int) -> int:
+    """The chunk size c for so many tokens, in tokens; the fastest where it was measured.
+
+    32, or 16 where that saves a call of few tokens half a chunk of pads. Measured on CPUs with AVX2 and with AVX-512,
+    on one thread and two, for heads from 64 x 64 to 96 x 256 (docs/benchmarks.md): no other rule won by more than a
+    few hundredths on either, so there is one for all.
+    """
+    return 16 if tokens <= 80 and -tokens % 32 >= 16 else 32
 
 
 class _ChunkedDeltaRule(torch.autograd.Function):
@@ -44,7 +55,15 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, size: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        size: int,
+        is_differentiated: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype, key_dim = state.dtype, q.shape[3]
         ctx.dtypes = [x.dtype for x in (q, k, v, g, beta)]
@@ -73,20 +92,24 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         writes = qk[:, :, 1] * written[..., None]
         erased = _matmul(inverse, reads[:, :, 1])
         w = _matmul(inverse, v)
-        states = state.new_empty(len(w) + 1, w.shape[1], *state.shape[2:])
+        # Only backward needs the states between chunks. Else two places take them in turn.
+        states = state.new_empty(len(w) + 1 if is_differentiated else 2, w.shape[1], *state.shape[2:])
         states[0] = state.flatten(0, 1)
-        for w_i, erased_i, writes_i, kept_i, before, after in zip(
-            w, erased, writes.mT, kept[..., -1, None, None], states[:-1], states[1:], strict=True
-        ):
+        o = torch.empty_like(w)
+        places = len(states)
+        chunks = zip(w, erased, writes.mT, kept[..., -1, None, None], reads[:, :, 0], o, strict=True)
+        for i, (w_i, erased_i, writes_i, kept_i, reads_i, o_i) in enumerate(chunks):
+            before, after = states[i % places], states[(i + 1) % places]
             w_i.baddbmm_(erased_i, before, alpha=-1)
+            torch.bmm(reads_i, before, out=o_i)
             torch.mul(before, kept_i, out=after).baddbmm_(writes_i, w_i)
-        o = _matmul(reads[:, :, 0], states[:-1])
         _add_matmul(o, scores[:, :, 0], w)
 
-        ctx.save_for_backward(
-            qk, v, beta, norm, decay, scores, inverse, kept, reads, written, writes, erased, w, states, o
-        )
-        return _from_chunks(o, q.shape[0], ctx.dtypes[2]), states[-1].unflatten(0, state.shape[:2]).clone()
+        if is_differentiated:
+            ctx.save_for_backward(
+                qk, v, beta, norm, decay, scores, inverse, kept, reads, written, writes, erased, w, states, o
+            )
+        return _from_chunks(o, q.shape[0], ctx.dtypes[2]), after.unflatten(0, state.shape[:2]).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -130,7 +153,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
                 _from_chunks(y, batch, dtype)
                 for y, dtype in zip((dqk[:, :, 0], dqk[:, :, 1], x, dg, dbeta), ctx.dtypes, strict=True)
             ]
-            return *results, dstates[0].unflatten(0, (batch, -1)), None
+            return *results, dstates[0].unflatten(0, (batch, -1)), None, None
 
 
 def _fill(chunks: Tensor, *parts: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import check_delta_rule, compute_dtype, in_chunks, misfit, no_autocast, pad_mask, zero_pads
 from .chunked import NORM_EPS
 
-_CHUNK = 64
+_CHUNK = 32
 
 
 def kda(
