@@ -239,9 +239,9 @@ def main() -> None:
     training_memory(report)
     training(report, arguments.quick)
     console.print(report.table())
-    peers.in_short(base, arguments.quick)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.rows, indent=1), encoding="utf-8")
+    peers.in_short(base, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ class Sleeper:
         part = Memory(counters, carried, part.window_start, loop_output, loop_input, part.columns)
         return memory.merge(span.rows, part), x
 
-    def read_token(self, buffers: Buffers) -> torch.Tensor:
+    def read_token(self, buffers: Buffers) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`wake` on one token of every row, in place: `engine.static.read_token`."""
         return read_token(self.decoder, self.order, self.eviction, buffers)
 

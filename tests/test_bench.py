@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_base, make_model, sleep_config
+from families import make_base, make_config, make_model, sleep_config
 from helpers import assert_close, byte_tokenizer, save_tiny_llama
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_sleep import SleepCache, SleepConfig
@@ -76,6 +76,23 @@ def test_bytes_of_tensors_are_counted_while_they_live():
         assert counted.alive == 400
         a.split(50)
     assert (counted.alive, counted.peak) == (400, 800)
+
+
+def test_tensors_that_were_there_are_not_counted():
+    """Weights of experts are indexed, and those of linear layers transposed."""
+    weight = torch.zeros(8, 100)
+    with TensorBytes() as counted:
+        weight[1], weight.t(), weight.detach(), weight.add_(1)
+        assert counted.peak == 0
+        made = weight[1] + 1
+    assert counted.peak == made.nbytes
+
+
+def test_a_base_that_loops_is_measured_without_streaming_llm():
+    config = make_config("ouro")
+    config.total_ut_steps = 3
+    with pytest.raises(ValueError, match="KV cache of one pass, and the base loops 3 times"):
+        StreamingLLM(AutoModelForCausalLM.from_config(config), MOST)
 
 
 @pytest.mark.parametrize("counted_apart", [True, False])

@@ -272,7 +272,7 @@ REFUSED = {
     "assistant": (lambda: {"assistant_model": make_base("llama")}, "not supported with stateful models, such as Sleep"),
     "static and a cache": (
         lambda: {"cache_implementation": "static", CACHE: SleepCache()},
-        "cache_implementation='static' and a cache contradict each other",
+        "cache_implementation='static' and a SleepCache contradict each other",
     ),
     "quantized": (
         lambda: {"cache_implementation": "quantized"},

@@ -1,5 +1,7 @@
 """Law 12: decoding as one compiled graph gives what decoding gives without, over sleeps too."""
 
+import copy
+import gc
 import itertools
 import shutil
 from unittest import mock
@@ -8,9 +10,10 @@ import pytest
 import torch
 from families import FAMILIES, exact, make_model, sleep_config, tokens
 from helpers import EVICTIONS, L, T, assert_close, assert_same_states, pad, sleeper, states, stream
+from peft import get_peft_model
 from transformers import CompileConfig
 
-from hf_sleep import SleepCache, SleepState, StaticSleepCache
+from hf_sleep import SleepCache, SleepState, StaticSleepCache, sleep_lora_config
 from hf_sleep.compat import CACHE
 from hf_sleep.engine import Eviction
 
@@ -85,7 +88,7 @@ def read_in_turn(case, call_of):
             token = torch.stack((tokens(T, 1)[column], tokens(T, 2)[column]))[:, None]
             expected = model(token, cache=plain).logits
             assert_close(call(input_ids=token, **{CACHE: static}).logits, expected, what=f"column {column}")
-            in_place += static._is_ahead
+            in_place += static.is_in_place
         for row in (0, 1):
             assert_same_states(states(model, static, row), states(model, plain, row))
         assert static.memory.counters == plain.memory.counters
@@ -170,7 +173,7 @@ def test_a_value_that_was_taken_stays():
     ids = torch.stack((tokens(T, 1), tokens(T, 2)))
     with exact(), torch.no_grad():
         one_by_one(call, ids[:, :3], cache)
-        assert cache._is_ahead
+        assert cache.is_in_place
         fork = cache.fork()
         then = held(model, cache)
         one_by_one(call, ids[:, 3:], cache)
@@ -192,7 +195,7 @@ def test_what_is_held_never_grows():
     with torch.no_grad():
         for token in tokens(6 * L).split(1):
             call(input_ids=token[None], **{CACHE: cache})
-            if cache._is_ahead:
+            if cache.is_in_place:
                 sizes.add(cache.num_bytes())
     assert len(sizes) == 1
 
@@ -217,6 +220,128 @@ def test_a_step_that_fails_changes_nothing():
         assert held(model, cache) == before
         expected = stream(model, ids, [1] * L)[0][:, 4:]
         assert_close(call(input_ids=ids[:, 4:5], **{CACHE: cache}).logits, expected)
+
+
+def test_a_step_that_is_interrupted_late_changes_nothing():
+    """After all was computed, and before anybody was told."""
+    model = sleeper("llama/sliding+sink/N2/all/gate").eval()
+    for first in (1, 3):  # into buffers that have just been filled, and into some that are ahead of the value
+        call, cache, ids = compiled(model), StaticSleepCache(), tokens(L)[None]
+        with torch.no_grad():
+            one_by_one(call, ids[:, :first], cache)
+            step = call._read_token
+
+            def interrupted(*arguments, step=step):
+                step(*arguments)
+                raise KeyboardInterrupt
+
+            with mock.patch.object(call, "_read_token", interrupted), pytest.raises(KeyboardInterrupt):
+                call(input_ids=ids[:, :1], **{CACHE: cache})
+            mine = one_by_one(call, ids[:, first:], cache)
+            assert_close(mine, stream(model, ids, [1] * L)[0][:, first:])
+
+
+def test_settings_that_change_in_the_middle_of_a_window():
+    """Buffers of another size, and more KV than the eviction of now would have left."""
+    model = sleeper("llama/sliding/N1/all").eval()
+    changes = [{"window_size": L + 4}, {"eviction": "hard"}, {"num_sink_tokens": 0}]
+    for change in changes:
+        call, static, plain = compiled(model), StaticSleepCache(), SleepCache()
+        ids = tokens(4 * L)[None]
+        with torch.no_grad():
+            assert_close(one_by_one(call, ids[:, : L + 2], static), stream(model, ids[:, : L + 2], [L + 2], plain)[0])
+            assert static.is_in_place
+            with model.sleeping(**change):
+                mine = one_by_one(call, ids[:, L + 2 :], static)
+                assert_close(mine, stream(model, ids[:, L + 2 :], [1] * (3 * L - 2), plain)[0])
+
+
+def test_a_pad_is_no_token_of_a_row_alone():
+    model = sleeper("llama/hard/N2/all").eval()
+    call, static, plain = compiled(model), StaticSleepCache(), SleepCache()
+    with torch.no_grad():
+        for column, real in enumerate((1, 1, 0, 1)):
+            token, mask = tokens(4)[None, column : column + 1], torch.tensor([[real]])
+            expected = model(token, attention_mask=mask, cache=plain).logits
+            assert_close(call(input_ids=token, attention_mask=mask, **{CACHE: static}).logits, expected)
+    assert_same_states(states(model, static), states(model, plain))
+    assert static.memory.counters == plain.memory.counters
+
+
+def test_modules_that_are_replaced_are_seen():
+    """As PEFT replaces the blocks and puts adapters into the base, after a token was decoded without."""
+    model = make_model("llama", sleep_config("llama", between="gate")).eval()
+    call, ids = compiled(model), tokens(9)[None]
+    with torch.no_grad():
+        one_by_one(call, ids, StaticSleepCache())
+        wrapped = get_peft_model(model, sleep_lora_config(model)).eval()
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        expected = stream(model, ids, [1] * 9)[0]
+        assert_close(one_by_one(call, ids, StaticSleepCache()), expected, 1e-5)
+        assert wrapped.merge_and_unload() is model
+        assert_close(one_by_one(call, ids, StaticSleepCache()), expected, 1e-4)
+
+
+def test_a_copy_has_a_call_of_its_own():
+    model = make_model("llama", sleep_config("llama")).eval()
+    config = CompileConfig(backend="eager")
+    with torch.no_grad():
+        one_by_one(model.get_compiled_call(config), tokens(3)[None], StaticSleepCache())
+        twin = copy.deepcopy(model)
+        call = model.get_compiled_call(config)
+        del model
+        one_by_one(twin.get_compiled_call(config), tokens(3)[None], StaticSleepCache())
+        gc.collect()
+        with pytest.raises(ReferenceError, match="the model of this compiled call is gone"):
+            call(input_ids=tokens(1)[None])
+
+
+def test_what_is_not_finite_stays_in_its_conversation():
+    model = sleeper("llama/hard/N2/all").eval()
+    call, cache, ids = compiled(model), StaticSleepCache(), tokens(L)[None]
+    with torch.no_grad():
+        one_by_one(call, ids, cache)
+        for pair in cache._buffers.carried:
+            for t in pair:
+                t.fill_(torch.nan)
+        cache.memory = stream(model, ids[:, :1], [1])[1].memory
+        assert_close(one_by_one(call, ids[:, 1:], cache), stream(model, ids, [1] * L)[0][:, 1:])
+        assert cache._held is None  # and the value is kept by nobody
+        cache.reset()
+        assert cache.num_bytes() == len(cache) == 0
+
+
+def test_autocast_that_ends_is_seen():
+    """KV in 16 bits is continued in 32 as the values are, which are joined, and not written into each other."""
+    model = make_model("llama", sleep_config("llama", window_size=16)).eval()
+    call, static, plain, ids = compiled(model), StaticSleepCache(), SleepCache(), tokens(9)[None]
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            for cache in (static, plain):
+                model(ids[:, :4], cache=cache)
+            expected = model(ids[:, 4:5], cache=plain).logits
+            assert_close(call(input_ids=ids[:, 4:5], **{CACHE: static}).logits, expected, 1e-2)
+        assert static.is_in_place
+        expected = model(ids[:, 5:6], cache=plain).logits
+        assert_close(call(input_ids=ids[:, 5:6], **{CACHE: static}).logits, expected, 1e-2)
+
+
+def test_it_continues_from_a_file():
+    """A memory that was saved, and a mask or an empty `logits_to_keep` beside it."""
+    model = sleeper("llama/sliding/N2/all").eval()
+    _, plain = stream(model, tokens(L + 2)[None], [L + 2])
+    static = StaticSleepCache.of(SleepState.from_cache(model, plain).to_cache(model))
+    config, more = CompileConfig(backend=Counting()), torch.cat((tokens(L + 2), tokens(2, 5)))[None]
+    options = GREEDY | {"max_new_tokens": L}
+    said = model.generate(more, cache_implementation="static", compile_config=config, **{CACHE: static}, **options)
+    assert config.backend.graphs == 1
+    assert torch.equal(said, model.generate(more, **{CACHE: plain}, **options))
+    with torch.no_grad():
+        nothing = torch.empty(0, dtype=torch.long)
+        call = model.get_compiled_call(config)
+        assert call(input_ids=tokens(1)[None], logits_to_keep=nothing, **{CACHE: static}).logits.shape[1] == 0
 
 
 def test_settings_that_change_are_seen():
@@ -306,4 +431,4 @@ def test_an_eviction_of_anothers_own():
         for token in tokens(4 * L)[None].split(1, 1):
             expected = model(token, cache=plain).logits
             assert_close(call(input_ids=token, **{CACHE: static}).logits, expected)
-    assert static._is_ahead
+    assert static.is_in_place

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WARM_UP = 16
 """Tokens that are read before the clock runs."""
@@ -63,8 +64,11 @@ class TensorBytes(TorchDispatchMode):
         self.sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, torch.Tensor):
+                self.sizes.setdefault(given.untyped_storage(), 0)  # made elsewhere, and a view of it is not new
         out = function(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple | list) else (out,):
+        for made in tree_leaves(out):
             if isinstance(made, torch.Tensor) and (storage := made.untyped_storage()) not in self.sizes:
                 self.sizes[storage] = size = storage.nbytes()
                 self.alive += size

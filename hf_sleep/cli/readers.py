@@ -71,6 +71,10 @@ class StreamingLLM:
         if others := set(self.decoder.kinds) - {"full_attention"}:
             works = f"StreamingLLM is for full attention, and the base has {', '.join(sorted(others))} layers"
             raise ValueError(works)
+        if self.decoder.base_loops > 1:
+            raise ValueError(
+                f"StreamingLLM is for a KV cache of one pass, and the base loops {self.decoder.base_loops} times"
+            )
         if self.recent < 1:
             raise reject("StreamingLLM.most", most, f"it must leave room for more than {sinks} sinks and a block")
         self.lm, self.cache = lm, DynamicCache()

@@ -4,7 +4,7 @@ from .between import Between, Gate, Nothing
 from .eviction import Eviction, EvictionPlan, Hard, Sliding
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
 from .slots import RunningOrder, Slot, run_slots, running_order
-from .static import Buffers, can_step, read_token
+from .static import Buffers, can_step, has_room, read_token
 from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers, in_this_thread
 from .window import Read, Span, Window, require_masks
 
@@ -32,6 +32,7 @@ __all__ = [
     "Window",
     "WithinSeconds",
     "can_step",
+    "has_room",
     "in_this_thread",
     "pass_policy",
     "policy_fields",

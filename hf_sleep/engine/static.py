@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..bases.decoder import Decoder
-from ..memory import KV, Carried, FastWeights, Memory
+from ..memory import KV, Carried, Counters, FastWeights, Memory
 from .eviction import Eviction
 from .slots import RunningOrder
 from .window import PlacedOnDevice, Window, mask_of
@@ -24,12 +24,13 @@ class Buffers:
 
     Args:
         input_ids: `[B, 1]`, int64, the next token.
-        active: `[B]`, bool, which rows have one. Of one row nobody asks.
+        active: `[B]`, bool, which rows have one. A row alone always has.
         places: `[4, B]`, int64, of the next token: its position number, KV columns held, tokens in the window, and
             tokens read so far.
         carried: per slot, as in `Memory`; KV is `[B, H, M, D]`, M the most columns that are ever held.
         loop_output: `[B, L, C]`, as in `Memory`.
         loop_input: `[B, L, C]`, as in `Memory`.
+        size: L, and the most columns that an eviction leaves.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +39,7 @@ class Buffers:
     carried: tuple[Carried, ...]
     loop_output: torch.Tensor
     loop_input: torch.Tensor | None
+    size: tuple[int, int]
 
     @classmethod
     def like(cls, memory: Memory, eviction: Eviction) -> "Buffers":
@@ -53,10 +55,11 @@ class Buffers:
             carried,
             loop_output,
             next(tensors, None),
+            (eviction.window_size, eviction.most_retained),
         )
 
     def fit(self, memory: Memory, eviction: Eviction) -> bool:
-        """Whether they can hold a memory: they are what `like` would make for it."""
+        """Tell whether they can hold a memory: they are what `like` would make for it."""
         mine = [(t.shape, t.dtype, t.device) for t in _tensors_of(self)]
         return mine == [(_shape(t, width), t.dtype, t.device) for t, width in _widths(memory, eviction)]
 
@@ -66,6 +69,7 @@ class Buffers:
         for mine, theirs in zip(_tensors_of(self), _tensors_of(memory), strict=True):
             width = min(mine.shape[-2], theirs.shape[-2])
             mine[..., :width, :].copy_(theirs[..., :width, :])
+            mine[..., width:, :].zero_()  # masked, but 0 times what is not finite is not 0
         self.place(memory)
 
     @torch.no_grad()
@@ -74,6 +78,15 @@ class Buffers:
         self.input_ids.copy_(input_ids)
         if len(counts) > 1:
             self.active.copy_(torch.tensor(counts))
+
+    def moving(self) -> list[torch.Tensor]:
+        """What a token changes where something is held already: fast weights, and the places."""
+        return [*(t for pair in self.carried if isinstance(pair, FastWeights) for t in pair), self.places]
+
+    @torch.no_grad()
+    def move_on(self, states: list[torch.Tensor]) -> None:
+        """Take what `read_token` returned: until then what was held before the token is held still."""
+        torch._foreach_copy_(self.moving(), states)
 
     @torch.no_grad()
     def place(self, memory: Memory) -> None:
@@ -146,7 +159,7 @@ class WriteAt:
 
     def __call__(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """Write `[B, ..., 1, D]` into `[B, ..., M, D]`, and return that."""
-        assert buffer is not None  # `can_step`
+        assert buffer is not None  # all KV is there
         columns, new = buffer.movedim(-2, 1), new.movedim(-2, 1)[:, 0].to(buffer.dtype)
         # A row that has ended may be full: it gets back what stands in its last column.
         at = self.column.clamp(max=columns.shape[1] - 1)
@@ -154,22 +167,33 @@ class WriteAt:
         return buffer
 
 
-def can_step(memory: Memory, order: RunningOrder, window_size: int, counts: Sequence[int]) -> bool:
-    """Whether a token of every row that has one can be read in place: all KV is there, and no row sleeps first.
-
-    Args:
-        memory: of the batch.
-        order: of the slots.
-        window_size: L.
-        counts: per row, 1 or 0.
-    """
-    is_full = any(row.fill + n > window_size for row, n in zip(memory.counters, counts, strict=True))
-    if memory.loop_output is None or is_full:
+def can_step(memory: Memory, order: RunningOrder) -> bool:
+    """Whether all KV of a memory is there to be written after: windows have begun, and were read whole."""
+    if memory.loop_output is None:
         return False
     return not any(slot.holds_kv and pair is None for slot, pair in zip(order.slots, memory.carried, strict=True))
 
 
-def read_token(decoder: Decoder, order: RunningOrder, eviction: Eviction, buffers: Buffers) -> torch.Tensor:
+def has_room(rows: Sequence[Counters], eviction: Eviction, counts: Sequence[int]) -> bool:
+    """Whether a token of every row that has one fits into buffers as they are made for an eviction.
+
+    It does not where the row sleeps first, nor where an eviction of before has left it more KV than this one would.
+
+    Args:
+        rows: their counters.
+        eviction: of now.
+        counts: per row, 1 or 0.
+    """
+    window = eviction.window_size
+    most = eviction.most_retained + window
+    return any(counts) and all(
+        row.fill + n <= window and row.kv_length + n <= most for row, n in zip(rows, counts, strict=True)
+    )
+
+
+def read_token(
+    decoder: Decoder, order: RunningOrder, eviction: Eviction, buffers: Buffers
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Read a token of every active row, no window of which is full: `Sleeper.wake` of one token, in place.
 
     Nothing here asks a tensor for its value, so that it can be compiled as one graph.
@@ -178,10 +202,10 @@ def read_token(decoder: Decoder, order: RunningOrder, eviction: Eviction, buffer
         decoder: of the base.
         order: of its layers and the blocks.
         eviction: says how far attention reaches, and which tokens are sinks.
-        buffers: have the token, and are moved on; rows that have none stay as they are.
+        buffers: have the token. Written are columns that hold nothing yet.
 
     Returns:
-        Logits `[B, 1, vocab]`, zeros in rows that have no token.
+        Logits `[B, 1, vocab]`, zeros in rows that have no token, and what `Buffers.move_on` takes.
     """
     active = buffers.active if len(buffers.active) > 1 else None
     position, held, fill, seen = buffers.places.unbind()
@@ -208,12 +232,11 @@ def read_token(decoder: Decoder, order: RunningOrder, eviction: Eviction, buffer
     in_window(buffers.loop_output, left)
     if buffers.loop_input is not None:
         in_window(buffers.loop_input, entered)
-    for mine, new in zip(buffers.carried, carried, strict=True):
-        if isinstance(mine, FastWeights) and isinstance(new, FastWeights):
-            for old, value in zip(mine, new, strict=True):
-                old.copy_(value if active is None else _where(active, value, old))
-    buffers.places.add_(1 if active is None else active)
-    return logits if active is None else _where(active, logits, torch.zeros_like(logits))
+    states = [t for pair in carried if isinstance(pair, FastWeights) for t in pair]
+    if active is None:
+        return logits, [*states, buffers.places + 1]
+    states = [_where(active, new, old) for new, old in zip(states, buffers.moving(), strict=False)]
+    return _where(active, logits, torch.zeros_like(logits)), [*states, buffers.places + active]
 
 
 def _where(active: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..compat import CACHE, CausalLMOutputWithPast
+from ..compat import CACHE, CausalLMOutputWithPast, takes_cache
 from ..engine import Buffers, require_masks
 from ..sleep import Sleeper
 from ..static_cache import StaticSleepCache
@@ -33,11 +34,13 @@ def uncompiled(function: Callable) -> Callable:
     return choose
 
 
-# With other keywords, or with these set to something, a call is for the model itself.
-OF_A_STEP = {"input_ids", "attention_mask", CACHE, "use_cache", "logits_to_keep", "sleep_passes", "return_dict"}
+OF_A_STEP = {"input_ids", "attention_mask", "use_cache", "logits_to_keep", "sleep_passes", "return_dict"}
+"""Keywords of a step. A call with others, set to something, is for the model itself."""
+
+_calls: "weakref.WeakKeyDictionary[Any, CompiledCall]" = weakref.WeakKeyDictionary()
 
 
-def read_token(sleeper: Sleeper, buffers: Buffers) -> torch.Tensor:
+def read_token(sleeper: Sleeper, buffers: Buffers) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`Sleeper.read_token`: what is compiled."""
     return sleeper.read_token(buffers)
 
@@ -45,9 +48,9 @@ def read_token(sleeper: Sleeper, buffers: Buffers) -> torch.Tensor:
 class CompiledCall:
     """Calls a model; a token that no sleep comes before runs as one compiled graph, all else as it is.
 
-    The graph is made once per number of rows, and stays: sleeps come between two runs of it. It holds for a
-    `StaticSleepCache` and a call in which nothing needs a gradient. Any other call is the model's own, and does the
-    same.
+    The graph is made once per number of rows, and stays: sleeps come between two runs of it. torch keeps 8 graphs, and
+    beyond them runs without (with `fullgraph`, it raises). That is for a `StaticSleepCache`, where nothing needs a
+    gradient. Any other call is the model's own, and does the same.
 
     Args:
         model: a `SleepForCausalLM`. It is not kept alive.
@@ -56,34 +59,36 @@ class CompiledCall:
 
     def __init__(self, model: Any, config: Any):
         self.config, self._model = config, weakref.ref(model)
-        # Sizes are fixed, which is the point: another number of rows is another graph.
-        self._read_token = torch.compile(read_token, **config.to_dict() | {"dynamic": config.dynamic or False})
-        self._sleeper: Sleeper | None = None
-        self._settings: Any = None
+        # Sizes are fixed, which is the point: another number of rows is another graph. torch counts graphs per code
+        # object, and those of two models are not one's.
+        own = types.FunctionType(read_token.__code__.replace(), read_token.__globals__)
+        self._read_token = torch.compile(own, **config.to_dict() | {"dynamic": config.dynamic or False})
 
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
+    @takes_cache
+    def __call__(self, *args: Any, cache: Any = None, **inputs: Any) -> Any:
         model: Any = self._model()
-        cache: Any = inputs.get(CACHE)
+        if model is None:
+            raise ReferenceError("the model of this compiled call is gone: keep it, and call get_compiled_call again")
         if args or not self._is_step(model, cache, inputs):
-            return model(*args, **inputs)
-        sleeper = self._sleeper_of(model)
+            return model(*args, cache=cache, **inputs)
         check_cache(cache, model)
         check_settings(inputs.get("logits_to_keep", 0), None, False, None, None)
         model._policy(inputs.get("sleep_passes"))
         ids, vocab_size = inputs["input_ids"], model.config.text_config.vocab_size
         layout = check_inputs(ids, inputs.get("attention_mask"), None, None, cache.shell, vocab_size)
+        sleeper = model._sleeper()
+        require_masks(sleeper.decoder.attention_implementation)
         if not cache.can_step(sleeper, layout.counts):
-            return model(**inputs)
-        step = functools.partial(self._read_token, sleeper)
-        logits = cache.read_token(sleeper, step, ids, layout.counts)
+            return model(cache=cache, **inputs)
+        logits = cache.read_token(model, sleeper, functools.partial(self._read_token, sleeper), ids, layout.counts)
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     @classmethod
     def of(cls, model: Any, config: Any) -> "CompiledCall":
         """That of `model`: the same one for an equal config, and its graphs with it."""
-        last = model.__dict__.get("_sleep_compiled_call")
+        last = _calls.get(model)
         if last is None or last.config != config:
-            last = model.__dict__["_sleep_compiled_call"] = cls(model, copy.copy(config))
+            last = _calls[model] = cls(model, copy.copy(config))
         return last
 
     def _is_step(self, model: Any, cache: Any, inputs: dict[str, Any]) -> bool:
@@ -95,15 +100,9 @@ class CompiledCall:
             and ids is not None
             and ids.dim() == 2
             and ids.shape[1] == 1
+            and not isinstance(inputs.get("logits_to_keep"), torch.Tensor)
             and inputs.get("return_dict") is not False
             and inputs.get("use_cache") is not False
             and not (model.training or torch.is_grad_enabled())
             and all(name in OF_A_STEP or value is None for name, value in inputs.items())
         )
-
-    def _sleeper_of(self, model: Any) -> Sleeper:
-        """The algorithm; the same object while the settings are, or the graph's guards would look at a new one."""
-        if self._sleeper is None or self._settings is not model.config.sleep:
-            self._sleeper, self._settings = model._sleeper(), model.config.sleep
-        require_masks(self._sleeper.decoder.attention_implementation)
-        return self._sleeper

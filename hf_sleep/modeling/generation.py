@@ -44,8 +44,10 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
         if (given := model_kwargs.get(CACHE)) is not None:
             if generation_config.use_cache is False:
                 raise ValueError("use_cache=False and a cache contradict each other: leave one of them out")
-            if made is not None:
-                raise ValueError(f"cache_implementation={made!r} and a cache contradict each other: leave one out")
+            if made not in (None, "static" if isinstance(given, StaticSleepCache) else None):
+                raise ValueError(
+                    f"cache_implementation={made!r} and a {type(given).__name__} contradict each other: leave one out"
+                )
             # It outlives the call, so a stop that is noticed a step late must not be taken back from it: it cannot be.
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
