@@ -47,6 +47,7 @@ def test_blocks_compile_and_import_what_there_is(page):
                     assert "encoding" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, as inductor loads
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 @pytest.mark.parametrize("page", ["quickstart.md", "memory.md"])
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
