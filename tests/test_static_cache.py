@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from families import FAMILIES, exact, make_model, sleep_config, tokens
 from helpers import EVICTIONS, L, T, assert_close, assert_same_states, pad, sleeper, states, stream
 from peft import get_peft_model
@@ -16,6 +17,7 @@ from transformers import CompileConfig
 from hf_sleep import SleepCache, SleepState, StaticSleepCache, sleep_lora_config
 from hf_sleep.compat import CACHE
 from hf_sleep.engine import Eviction
+from hf_sleep.modeling import compiling
 
 EXPERTS = ("qwen3_next", "qwen3_moe", "mixtral", "gpt_oss", "granitemoehybrid", "kimi_linear")
 SPREAD = [
@@ -387,6 +389,19 @@ def test_it_compiles_where_it_is_asked_to():
     assert config._compile_all_devices is None
     assert model.get_compiled_call(config) is model.get_compiled_call(CompileConfig(backend=backend))
     assert model.get_compiled_call(config) is not model.get_compiled_call(CompileConfig(backend="eager"))
+
+
+def test_a_model_whose_weights_move_is_not_compiled(caplog):
+    """As with device_map, whose hooks no graph can hold."""
+    compiling.logger.warning_once.cache_clear()
+    model, backend = make_model("llama", sleep_config("llama")).eval(), Counting()
+    ids = tokens(5)[None]
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with torch.no_grad():
+        mine = one_by_one(compiled(model, backend), ids, StaticSleepCache())
+        assert torch.equal(mine, stream(model, ids, [1] * 5)[0])
+    assert backend.graphs == 0
+    assert "Nothing is compiled: accelerate moves this model's weights" in caplog.text
 
 
 def test_attention_that_takes_no_mask_is_refused():

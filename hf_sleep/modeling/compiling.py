@@ -59,6 +59,9 @@ class CompiledCall:
 
     def __init__(self, model: Any, config: Any):
         self.config, self._model = config, weakref.ref(model)
+        self._is_spread = any(hasattr(module, "_hf_hook") for module in model.modules())
+        if self._is_spread:
+            logger.warning_once("Nothing is compiled: accelerate moves this model's weights or inputs between devices.")
         # Sizes are fixed, which is the point: another number of rows is another graph. torch counts graphs per code
         # object, and those of two models are not one's.
         own = types.FunctionType(read_token.__code__.replace(), read_token.__globals__)
@@ -96,7 +99,7 @@ class CompiledCall:
         ids = inputs.get("input_ids")
         return (
             isinstance(cache, StaticSleepCache)
-            and not cache.is_empty
+            and not (cache.is_empty or self._is_spread)
             and ids is not None
             and ids.dim() == 2
             and ids.shape[1] == 1
