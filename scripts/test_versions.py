@@ -30,7 +30,7 @@ OLDEST = "5.22.2"
 INSTALLED = {"oldest": [f"transformers=={OLDEST}"], "newest": ["--pre", "transformers", "peft", "accelerate"]}
 GROUPS = {
     "laws": ["test_laws"],
-    "generation": ["test_generation"],
+    "generation": ["test_generation", "test_static_cache"],
     "saving": ["test_saving"],
     "state": ["test_state"],
     "memories": ["test_session", "test_batching", "test_store", "test_pipeline"],
