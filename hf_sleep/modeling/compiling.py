@@ -53,12 +53,14 @@ class CompiledCall:
     gradient. Any other call is the model's own, and does the same.
 
     Args:
-        model: a `SleepForCausalLM`. It is not kept alive.
+        model: a `SleepForCausalLM`. The object is not kept alive; its modules are while this call is.
         config: of `torch.compile`, a `transformers.CompileConfig`.
     """
 
     def __init__(self, model: Any, config: Any):
         self.config, self._model = config, weakref.ref(model)
+        self._sleeper: Sleeper | None = None
+        self._made_of: tuple[Any, ...] = ()
         self._is_spread = any(hasattr(module, "_hf_hook") for module in model.modules())
         if self._is_spread:
             logger.warning_once("Nothing is compiled: accelerate moves this model's weights or inputs between devices.")
@@ -79,8 +81,7 @@ class CompiledCall:
         model._policy(inputs.get("sleep_passes"))
         ids, vocab_size = inputs["input_ids"], model.config.text_config.vocab_size
         layout = check_inputs(ids, inputs.get("attention_mask"), None, None, cache.shell, vocab_size)
-        sleeper = model._sleeper()
-        require_masks(sleeper.decoder.attention_implementation)
+        sleeper = self._sleeper_of(model)
         if not cache.can_step(sleeper, layout.counts):
             return model(cache=cache, **inputs)
         logits = cache.read_token(model, sleeper, functools.partial(self._read_token, sleeper), ids, layout.counts)
@@ -93,6 +94,15 @@ class CompiledCall:
         if last is None or last.config != config:
             last = _calls[model] = cls(model, copy.copy(config))
         return last
+
+    def _sleeper_of(self, model: Any) -> Sleeper:
+        """The model's algorithm; made again where its settings, or a module that it holds, are others now."""
+        made_of = (model.config.sleep, model.lm, model.between, *model.fast_weights.values())
+        same = len(made_of) == len(self._made_of) and all(a is b for a, b in zip(made_of, self._made_of, strict=True))
+        if self._sleeper is None or not same:
+            self._sleeper, self._made_of = model._sleeper(), made_of
+        require_masks(self._sleeper.decoder.attention_implementation)
+        return self._sleeper
 
     def _is_step(self, model: Any, cache: Any, inputs: dict[str, Any]) -> bool:
         """Whether a call reads one more token of every row, and asks for logits alone."""
