@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py --install-kvpress     once: kvpress and the transformers it needs, into .versions
     python benchmarks/peers.py                       2,048 and 8,192 tokens
-    python benchmarks/peers.py --tokens 32768 --once --json peers.json --plot peers.png
+    python benchmarks/peers.py --tokens 32768 --once --json peers.json --plot peers.png     half an hour
 
 One model, one text: the bare base with its full KV cache, StreamingLLM, presses of kvpress, and ours with hard and with
 sliding eviction, N = 1, 2, 4. All but the base hold as many bytes as ours with hard eviction at a full window. Of
@@ -198,6 +198,7 @@ def cells(row: dict) -> list[str]:
 def plot(found: dict, path: Path) -> None:
     """Cost against length; kvpress by its ratios to its own base, times the base that is drawn."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     panels = (
         ("first_token_seconds", "time to first token, s", 1),
@@ -221,6 +222,8 @@ def plot(found: dict, path: Path) -> None:
         axis.set(xscale="log", yscale="log", title=label, xticks=lengths)
         axis.set_xticklabels([f"{tokens:,}" for tokens in lengths])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("tokens read")
@@ -276,6 +279,18 @@ def main() -> None:
     if options.install_kvpress:
         install()
         return
+    if options.tokens:
+        found = measured(options)
+    elif options.json and options.json.exists():
+        found = json.loads(options.json.read_text(encoding="utf-8"))
+    else:
+        raise SystemExit("--tokens without a number draws what --json FILE holds: name one that is there")
+    if options.plot:
+        plot(found, options.plot)
+
+
+def measured(options: argparse.Namespace) -> dict:
+    """What is asked for, and what of other lengths the file holds already."""
     if options.model == str(DEMO) and not DEMO.is_dir():
         raise SystemExit(f"{DEMO} is missing: run `make demo` once, or pass --model with a Hub id or folder")
     logging.disable_progress_bar()
@@ -287,8 +302,7 @@ def main() -> None:
     if options.json:
         found = with_other_lengths(found, options.json)
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
-        plot(found, options.plot)
+    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,19 +26,31 @@ from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM, default_dtype
 from hf_sleep.training import freeze_all_but_fast_weights
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear", "matmul", "triangular_solve"),
-    "attention": ("scaled_dot_product",),
-    "copies": ("copy_", "cat", "clone", "index", "gather", "index_select", "contiguous", "fill_", "zero_", "pad"),
-    "the rule's backward, as one": ("_ChunkedDeltaRule", "_Convolution"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::mkldnn_linear"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "rule and convolution": ("aten::bmm", "aten::baddbmm", "aten::linalg", "aten::triangular", "_Chunked", "_Conv"),
+    "copies": ("aten::copy", "aten::fill", "aten::cat", "aten::zero", "aten::clone", "aten::index", "aten::gather"),
+    "views": (
+        *("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::transpose", "aten::permute", "aten::as_strided"),
+        *("aten::slice", "aten::select", "aten::split", "aten::unbind", "aten::chunk", "aten::narrow", "aten::alias"),
+        *("aten::expand", "aten::squeeze", "aten::unsqueeze", "aten::flatten", "aten::unflatten"),
+    ),
+    "elementwise and sums": (
+        *("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::neg", "aten::pow", "aten::rsqrt", "aten::sum"),
+        *("aten::silu", "aten::sigmoid", "aten::softplus", "aten::exp", "aten::mean", "aten::where", "aten::norm"),
+    ),
 }
+"""Operators by the beginning of their names, the first that fits."""
+ALL_ELSE = "all else"
 
 
-def kind_of(operator: str) -> str:
-    name = operator.removeprefix("aten::").lstrip("_")
-    for kind, names in KINDS.items():
-        if any(name == n or name.startswith(n) for n in names):
-            return kind
-    return "other operators"
+def shares(profiler: profile) -> dict[str, float]:
+    """What part of the operators' own time each kind took, the largest first."""
+    spent: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), ALL_ELSE)
+        spent[kind] += event.self_cpu_time_total
+    return {kind: took / spent.total() for kind, took in spent.most_common()}
 
 
 def tasks(model: SleepForCausalLM, size: int) -> dict[str, Callable[[], object]]:
@@ -86,16 +99,8 @@ def measure(task: Callable[[], object], turns: int) -> dict:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(turns):
             task()
-    shares: dict[str, float] = {}
-    for event in profiler.key_averages():
-        shares[kind_of(event.key)] = shares.get(kind_of(event.key), 0.0) + event.self_cpu_time_total
-    total = sum(shares.values())
     calls = sum(event.count for event in profiler.key_averages()) / turns
-    return {
-        "milliseconds": 1e3 * statistics.median(took),
-        "operators": calls,
-        "shares": {kind: spent / total for kind, spent in sorted(shares.items(), key=lambda item: -item[1])},
-    }
+    return {"milliseconds": 1e3 * statistics.median(took), "operators": calls, "shares": shares(profiler)}
 
 
 def make_model(options: argparse.Namespace) -> tuple[SleepForCausalLM, int]:
@@ -122,14 +127,14 @@ def main() -> None:
     found: dict = {"model": "small" if options.small else options.model, "dtype": str(model.dtype), "window_size": size}
     found["cpu"] = torch.backends.cpu.get_cpu_capability()
     table = Table(title=f"{found['model']}, {found['dtype']}, L = {size}, {found['cpu']}")
-    for column in ("threads", "what", "ms", "operators", *KINDS, "other operators"):
+    for column in ("threads", "what", "ms", "operators", *KINDS, ALL_ELSE):
         table.add_column(column)
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name, task in tasks(model, size).items():
             found[f"{name}, threads {threads}"] = one = measure(task, options.turns)
-            shares = [f"{one['shares'].get(kind, 0.0):.0%}" for kind in (*KINDS, "other operators")]
-            table.add_row(str(threads), name, f"{one['milliseconds']:.1f}", f"{one['operators']:.0f}", *shares)
+            cells = [f"{one['shares'].get(kind, 0.0):.0%}" for kind in (*KINDS, ALL_ELSE)]
+            table.add_row(str(threads), name, f"{one['milliseconds']:.1f}", f"{one['operators']:.0f}", *cells)
     Console(width=150).print(table)
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

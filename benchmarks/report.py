@@ -1,4 +1,4 @@
-"""Timing in turn, counting bytes, and rows of figures beside what they must be, for all parts of `make bench`."""
+"""Timing in turn, and rows of figures beside what they must be, for all parts of `make bench`."""
 
 import statistics
 import time

@@ -88,7 +88,7 @@ def reading_and_decoding(model: SleepForCausalLM, report: Report, far: int, step
         "decode ÷ bare base, same physical context",
         after_near / bare,
         "<=",
-        1.15,
+        1.08,
         f"{after_near * 1e3:.1f} ms, {bare * 1e3:.1f} ms",
     )
     report.add(

@@ -57,8 +57,10 @@ OURO = PAPER | {
     "block_head_dim": 96,
     "eval_passes": [1, 4],
 }
-# The paper's sliding setting at a quarter of its lengths, so that a row has as many windows.
+# The paper's sliding setting at a quarter of its lengths, so that a row has as many windows. As everything is trained,
+# nothing stands between the passes, as in the paper.
 SMOLLM2 = PAPER | {
+    "between": "none",
     "tokens": [500, 825],
     "window_size": 128,
     "num_blocks": 6,

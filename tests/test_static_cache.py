@@ -12,7 +12,8 @@ from accelerate import dispatch_model
 from families import FAMILIES, exact, make_model, sleep_config, tokens
 from helpers import EVICTIONS, L, T, assert_close, assert_same_states, pad, sleeper, states, stream
 from peft import get_peft_model
-from transformers import CompileConfig
+from transformers import BitsAndBytesConfig, CompileConfig
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer as BnbQuantizer
 
 from hf_sleep import SleepCache, SleepState, StaticSleepCache, sleep_lora_config
 from hf_sleep.compat import CACHE
@@ -402,6 +403,18 @@ def test_a_model_whose_weights_move_is_not_compiled(caplog):
         assert torch.equal(mine, stream(model, ids, [1] * 5)[0])
     assert backend.graphs == 0
     assert "Nothing is compiled: accelerate moves this model's weights" in caplog.text
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_quantised_base_is_compiled_where_its_quantizer_says_so(caplog, compiles):
+    """transformers' own check looks for a quantizer on the model that generates, and ours is on its base."""
+    compiling.logger.warning_once.cache_clear()
+    model, backend = make_model("llama", sleep_config("llama")).eval(), Counting()
+    model.lm.hf_quantizer = BnbQuantizer(BitsAndBytesConfig(load_in_8bit=True))
+    with torch.no_grad(), mock.patch.object(BnbQuantizer, "is_compileable", compiles):
+        one_by_one(compiled(model, backend), tokens(5)[None], StaticSleepCache())
+    assert backend.graphs == compiles
+    assert ("Nothing is compiled: Bnb8BitHfQuantizer" in caplog.text) is not compiles
 
 
 def test_attention_that_takes_no_mask_is_refused():

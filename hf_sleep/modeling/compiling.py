@@ -45,6 +45,16 @@ def read_token(sleeper: Sleeper, buffers: Buffers) -> tuple[torch.Tensor, list[t
     return sleeper.read_token(buffers)
 
 
+def why_not(model: Any) -> str | None:
+    """What keeps a model from being compiled, where something does."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "accelerate moves this model's weights or inputs between devices"
+    quantizer = getattr(model.lm, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return f"{type(quantizer).__name__} says that what it quantises cannot be"
+    return None
+
+
 class CompiledCall:
     """Calls a model; a token that no sleep comes before runs as one compiled graph, all else as it is.
 
@@ -61,9 +71,9 @@ class CompiledCall:
         self.config, self._model = config, weakref.ref(model)
         self._sleeper: Sleeper | None = None
         self._made_of: tuple[Any, ...] = ()
-        self._is_spread = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if self._is_spread:
-            logger.warning_once("Nothing is compiled: accelerate moves this model's weights or inputs between devices.")
+        self._never = why_not(model)
+        if self._never:
+            logger.warning_once(f"Nothing is compiled: {self._never}.")
         # Sizes are fixed, which is the point: another number of rows is another graph. torch counts graphs per code
         # object, and those of two models are not one's.
         own = types.FunctionType(read_token.__code__.replace(), read_token.__globals__)
@@ -109,7 +119,7 @@ class CompiledCall:
         ids = inputs.get("input_ids")
         return (
             isinstance(cache, StaticSleepCache)
-            and not (cache.is_empty or self._is_spread)
+            and not (cache.is_empty or self._never)
             and ids is not None
             and ids.dim() == 2
             and ids.shape[1] == 1
