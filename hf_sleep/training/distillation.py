@@ -182,7 +182,7 @@ class Teacher:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """The base as it was before training: without an adapter, and without dropout."""
-        off: AbstractContextManager = nullcontext() if self._wrapper is None else self._wrapper.disable_adapter()
+        off: AbstractContextManager = nullcontext() if self._wrapper is None else without_adapter(self._wrapper)
         modes = [(module, module.training) for module in self.lm.modules()]
         with off:
             self.lm.eval()
@@ -191,6 +191,21 @@ class Teacher:
             finally:
                 for module, mode in modes:
                     module.training = mode
+
+
+@contextmanager
+def without_adapter(wrapper: Any) -> Iterator[None]:
+    """Switch a `PeftModel`'s adapter off while it is open. What was frozen is frozen after it.
+
+    PEFT itself would train every parameter of an adapter that it switches on again.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
+    try:
+        with wrapper.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
 
 
 class DistillationTrainer(SleepTrainer):
