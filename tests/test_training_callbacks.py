@@ -726,6 +726,22 @@ def test_a_row_may_bring_its_prompt(tmp_path):
     assert model.generation_config.num_beams == 3
 
 
+def test_an_adapter_s_model_keeps_its_generation_config(tmp_path):
+    model = tiny()
+    model.generation_config.update(repetition_penalty=1.7, eos_token_id=60)
+    before, own = model.generation_config.to_dict(), model.generation_config
+    adapted = get_peft_model(model, sleep_lora_config(model))
+    others = [m for m in adapted.modules() if "generation_config" in vars(m)]
+    configs = [m.generation_config for m in others]
+    trainer = trainer_of(tmp_path, adapted, eval_dataset=TASK.dataset(4))
+    trainer.add_callback(GenerationEvaluation(trainer, [{"prompt_ids": [1, 2, 3], "labels": [4, 5]}], (2,)))
+    assert "eval_generate_accuracy_passes_2" in trainer.evaluate()
+    assert [m for m in adapted.modules() if "generation_config" in vars(m)] == others
+    assert all(m.generation_config is config for m, config in zip(others, configs, strict=True))
+    assert adapted.generation_config is own
+    assert adapted.merge_and_unload().generation_config.to_dict() == before
+
+
 def test_a_row_s_own_pads_are_no_part_of_its_prompt(tmp_path):
     model = tiny()
     prompt = tokens(9).tolist()

@@ -1,7 +1,8 @@
 """Judging answers: teacher-forced for `SleepTrainer.evaluate`, and through `generate` as a callback."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import EvalPrediction, GenerationConfig, Trainer, TrainerCallback
@@ -106,14 +107,27 @@ class GenerationEvaluation(TrainerCallback):
         batch = SleepCollator(padding_side="left")([prompt for _, prompt, _ in rows])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         longest = max(len(answer) for _, _, answer in rows)
-        # What the base's own generation config asks for, a penalty on repetition for one, is not greedy.
-        own = model.generation_config
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
-        try:
+        with greedy_config(model):
             ids = model.generate(**batch, max_new_tokens=longest, do_sample=False, sleep_passes=passes)
-        finally:
-            model.generation_config = own
         return ids[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def greedy_config(model: Any) -> Iterator[None]:
+    """Set aside, while it is open, what a generation config asks for but the ends: a penalty on repetition, say.
+
+    It is set where a module holds one. What PEFT's `generate` gives to the model inside is then what that has already.
+    """
+    own = model.generation_config
+    greedy = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    held = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in held:
+        module.generation_config = greedy
+    try:
+        yield
+    finally:
+        for module, config in held:
+            module.generation_config = config
 
 
 def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
