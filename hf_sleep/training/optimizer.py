@@ -18,8 +18,8 @@ def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
     Muon takes the weights of linear layers, the head apart (tied or not, and an adapter's of it), as long as they are
     matrices: a layer with one output is a vector. AdamW takes all else: embeddings, head, norms, biases, decay gates
     (`A_log`, `dt_bias`), taps of short convolutions, routers and fused experts. Of these only what has at least two
-    dimensions is decayed.
-    What lies between two passes (`model.between`) is a group of its own, whatever its shapes: AdamW's, without decay.
+    dimensions is decayed. What lies between two passes (`model.between`) is a group of its own, whatever its shapes:
+    AdamW's, without decay.
 
     Args:
         model: a `SleepForCausalLM`, or anything else with its methods (a PEFT model of it).
