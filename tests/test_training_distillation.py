@@ -415,3 +415,10 @@ def test_settings_that_cannot_work_are_refused(fields, message):
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: the teacher"):
         trainer_of(tmp_path, tiny(), label_smoothing_factor=0.1)
+
+
+def test_another_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="DistillationTrainer with a compute_loss_func: the loss is made of"):
+        DistillationTrainer(
+            tiny(), SleepTrainingArguments(tmp_path, **QUIET), compute_loss_func=lambda outputs, labels, **_: 0
+        )

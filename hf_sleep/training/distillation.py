@@ -221,7 +221,7 @@ class DistillationTrainer(SleepTrainer):
         teacher: who is learnt from; by default the model's own base, as it is now.
 
     Raises:
-        ValueError: `label_smoothing_factor`, which makes a loss of its own.
+        ValueError: `label_smoothing_factor` or `compute_loss_func`, which make a loss of their own.
     """
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, teacher: Teacher | None = None, **kw: Any):
@@ -230,6 +230,11 @@ class DistillationTrainer(SleepTrainer):
             raise ValueError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor}: the teacher's distribution is what "
                 "smooths. Set it to 0"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "DistillationTrainer with a compute_loss_func: the loss is made of cross-entropy and the teacher's. "
+                "Leave it out, or use SleepTrainer"
             )
         self.distillation = distillation or Distillation()
         if teacher is None and self.distillation.share:
