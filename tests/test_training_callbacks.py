@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import make_model, sleep_config, tokens
 from helpers import QUIET, weights
 from peft import get_peft_model
@@ -340,6 +341,46 @@ def test_windows_are_measured_where_the_data_ends_them(tmp_path):
     mean = sum(loss * count for loss, count in zip(by_window, counts, strict=True)) / sum(counts)
     assert mean == pytest.approx(whole.item(), rel=1e-5)
     assert "loss_window_5" not in measured
+
+
+class Positional(SleepTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"]).loss
+
+
+class Embedding(SleepTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        return model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], labels=inputs["labels"]).loss
+
+
+def measured_by(path, kind=SleepTrainer, own=None, adapted=False, **fields):
+    model = tiny(sleep_passes=2)
+    model = get_peft_model(model, sleep_lora_config(model, r=2)) if adapted else model
+    fields = QUIET | {"max_steps": 1, "learning_rate": 0.0, "muon_learning_rate": None, "weight_decay": 0.0} | fields
+    trainer = kind(model, SleepTrainingArguments(path, **fields), train_dataset=TASK.dataset(4), compute_loss_func=own)
+    trainer.add_callback(SleepMonitor(trainer, every=1))
+    trainer.train()
+    return {name: value for name, value in measurements(trainer)[0].items() if not name.startswith(("sleep_", "grad"))}
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", [Positional, Embedding])
+def test_a_batch_is_measured_however_the_model_was_given_it(kind, adapted, tmp_path):
+    measured = measured_by(tmp_path, kind, adapted=adapted)
+    assert measured == pytest.approx(measured_by(tmp_path, adapted=adapted), rel=1e-5)
+    assert any(name.startswith("loss_window") for name in measured)
+
+
+@pytest.mark.parametrize("given", [{"label_smoothing_factor": 0.1}, {"own": mean_loss}])
+def test_without_labels_all_but_the_losses_is_measured(given, tmp_path):
+    expected = {name: value for name, value in measured_by(tmp_path).items() if not name.startswith("loss_")}
+    assert len(expected) > 6
+    assert measured_by(tmp_path, **given) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
@@ -724,6 +765,22 @@ def test_a_row_may_bring_its_prompt(tmp_path):
     assert model.generate(tokens(9)[None], max_new_tokens=3)[0, 9:].tolist() != answer
     assert trainer.evaluate()["eval_generate_accuracy_5_passes_2"] == 1.0
     assert model.generation_config.num_beams == 3
+
+
+def test_an_adapter_s_model_keeps_its_generation_config(tmp_path):
+    model = tiny()
+    model.generation_config.update(repetition_penalty=1.7, eos_token_id=60)
+    before, own = model.generation_config.to_dict(), model.generation_config
+    adapted = get_peft_model(model, sleep_lora_config(model))
+    others = [m for m in adapted.modules() if "generation_config" in vars(m)]
+    configs = [m.generation_config for m in others]
+    trainer = trainer_of(tmp_path, adapted, eval_dataset=TASK.dataset(4))
+    trainer.add_callback(GenerationEvaluation(trainer, [{"prompt_ids": [1, 2, 3], "labels": [4, 5]}], (2,)))
+    assert "eval_generate_accuracy_passes_2" in trainer.evaluate()
+    assert [m for m in adapted.modules() if "generation_config" in vars(m)] == others
+    assert all(m.generation_config is config for m, config in zip(others, configs, strict=True))
+    assert adapted.generation_config is own
+    assert adapted.merge_and_unload().generation_config.to_dict() == before
 
 
 def test_a_row_s_own_pads_are_no_part_of_its_prompt(tmp_path):

@@ -14,6 +14,7 @@ from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.training import (
     Distillation,
     DistillationTrainer,
+    HardEvictionWarmup,
     SleepCollator,
     SleepTrainer,
     SleepTrainingArguments,
@@ -258,6 +259,30 @@ def test_a_teacher_has_no_adapter_and_no_dropout():
         Teacher(adapted, copied=True)
 
 
+def test_a_teacher_leaves_a_frozen_adapter_frozen():
+    model = tiny()
+    adapted = freeze(get_peft_model(model, sleep_lora_config(model, r=2)))
+    next(iter(model.fast_weights.parameters())).requires_grad_(False)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    teacher = Teacher(adapted)
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trained
+    ids = tokens(9)[None]
+    teacher.read(ids, None, torch.ones_like(ids))
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trained
+
+
+@pytest.mark.parametrize(("steps", "is_trained"), [(2, False), (1, True)])
+def test_the_first_stage_of_an_adapter_trains_the_fast_weights_alone(steps, is_trained, tmp_path):
+    model = tiny(dtype=torch.float32)
+    adapted = get_peft_model(model, sleep_lora_config(model, r=2))
+    before = weights(adapted)
+    trainer_of(tmp_path, adapted, callbacks=[HardEvictionWarmup(steps=steps)], max_steps=2).train()
+    changed = {name for name, value in weights(adapted).items() if not torch.equal(value, before[name])}
+    assert any("fast_weights" in name for name in changed)
+    assert any("lora_" in name for name in changed) is is_trained
+
+
 # Weights.
 
 
@@ -390,3 +415,10 @@ def test_settings_that_cannot_work_are_refused(fields, message):
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: the teacher"):
         trainer_of(tmp_path, tiny(), label_smoothing_factor=0.1)
+
+
+def test_another_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="DistillationTrainer with a compute_loss_func: the loss is made of"):
+        DistillationTrainer(
+            tiny(), SleepTrainingArguments(tmp_path, **QUIET), compute_loss_func=lambda outputs, labels, **_: 0
+        )

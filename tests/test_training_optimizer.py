@@ -68,6 +68,18 @@ def test_embeddings_and_head_are_adamw_s_tied_or_not(family):
     assert adamw == ["lm.model.embed_tokens.weight", *([] if tied else ["lm.lm_head.weight"])]
 
 
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("how", ["modules_to_save", "target_modules"])
+def test_embeddings_and_head_are_adamw_s_where_an_adapter_trains_them(how, module):
+    model = tiny()
+    projections = {"target_modules": ["q_proj", module]} if how == "target_modules" else {how: [module]}
+    groups = parameter_groups(get_peft_model(model, sleep_lora_config(model, r=2, **projections)))
+    trained = {kind: [name for name, _ in named if module in name] for kind, named in groups.items()}
+    assert len(trained["adamw"]) == (2 if how == "target_modules" else 1)
+    assert not trained["muon"]
+    assert any("q_proj.lora_A" in name for name, _ in groups["muon"])
+
+
 def test_two_dimensional_taps_routers_and_experts_are_adamw_s():
     names = {name for name, _ in parameter_groups(tiny("qwen3_next", block_kind="gated_delta_net"))["adamw"]}
     assert "fast_weights.1.mixer.conv_weight" in names

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,7 @@ from hf_sleep.training import (
     SleepTrainingArguments,
     parameter_groups,
 )
-from hf_sleep.training import trainer as trainer_module
+from hf_sleep.training import evaluation as evaluation_module
 from hf_sleep.training.evaluation import accuracy_by_difficulty
 
 TASK = Rule110(width=6, steps=1, num_strings=3)
@@ -295,6 +296,39 @@ def test_rows_of_different_lengths_keep_their_difficulty(strategy, tmp_path):
     assert not any("chance" in name for name in metrics)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataloader_drop_last": True},
+        {"batch_eval_metrics": True},
+        {"eval_do_concat_batches": False},
+        {"dataloader_in_order": False, "dataloader_num_workers": 2},  # the second batch is ready first
+    ],
+)
+def test_every_row_is_judged_whatever_becomes_of_batches(fields, tmp_path):
+    model, rows = tiny(sleep_passes=2), KHOP.dataset(5, seed=1)
+    settings = {"eval_dataset": rows, "task": KHOP, "per_device_eval_batch_size": 2, "eval_passes": [1]}
+    expected = trainer_of(tmp_path, model, **settings).evaluate()
+
+    def slowly(batch):
+        time.sleep(0.3 * (batch[0]["input_ids"] == rows[0]["input_ids"]))
+        return SleepCollator()(batch)
+
+    trainer = trainer_of(tmp_path, model, **settings, **fields, collator=slowly)
+    metrics = trainer.evaluate()
+    kept = [name for name in expected if "accuracy" in name or "chance" in name or "loss" in name]
+    assert len(kept) > 12
+    assert {name: metrics[name] for name in kept} == {name: expected[name] for name in kept}
+    assert all(getattr(trainer.args, name) == value for name, value in fields.items())
+
+
+@pytest.mark.parametrize("rows", [[], Dataset.from_dict({"input_ids": [], "labels": []})])
+@pytest.mark.parametrize("named", [False, True])
+def test_no_rows_to_evaluate_are_refused(named, rows, tmp_path):
+    with pytest.raises(ValueError, match="the evaluation dataset has no rows"):
+        trainer_of(tmp_path, eval_dataset={"a": rows} if named else rows).evaluate()
+
+
 def test_a_row_may_hold_several_answers_of_their_own_difficulty():
     task = Depo(max_nodes=6, max_hops=4, num_queries=4, pad_context=False)
     rows = task.dataset(8, split="test")
@@ -328,7 +362,7 @@ def test_only_ids_are_kept_and_named_datasets_work(tmp_path, monkeypatch):
         seen.append((len(rows), predictions.predictions.shape))
         return {}
 
-    monkeypatch.setattr(trainer_module, "accuracy_by_difficulty", spy)
+    monkeypatch.setattr(evaluation_module, "accuracy_by_difficulty", spy)
     sets = {"easy": TASK.dataset(6), "hard": TASK.dataset(4, seed=1)}
     metrics = trainer_of(tmp_path, eval_dataset=sets, per_device_eval_batch_size=4).evaluate()
     assert seen == [(6, (6, TASK.length)), (4, (4, TASK.length))]

@@ -182,7 +182,7 @@ class Teacher:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """The base as it was before training: without an adapter, and without dropout."""
-        off: AbstractContextManager = nullcontext() if self._wrapper is None else self._wrapper.disable_adapter()
+        off: AbstractContextManager = nullcontext() if self._wrapper is None else without_adapter(self._wrapper)
         modes = [(module, module.training) for module in self.lm.modules()]
         with off:
             self.lm.eval()
@@ -191,6 +191,21 @@ class Teacher:
             finally:
                 for module, mode in modes:
                     module.training = mode
+
+
+@contextmanager
+def without_adapter(wrapper: Any) -> Iterator[None]:
+    """Switch a `PeftModel`'s adapter off while it is open. What was frozen is frozen after it.
+
+    PEFT itself would train every parameter of an adapter that it switches on again.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
+    try:
+        with wrapper.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
 
 
 class DistillationTrainer(SleepTrainer):
@@ -206,7 +221,7 @@ class DistillationTrainer(SleepTrainer):
         teacher: who is learnt from; by default the model's own base, as it is now.
 
     Raises:
-        ValueError: `label_smoothing_factor`, which makes a loss of its own.
+        ValueError: `label_smoothing_factor` or `compute_loss_func`, which make a loss of their own.
     """
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, teacher: Teacher | None = None, **kw: Any):
@@ -215,6 +230,11 @@ class DistillationTrainer(SleepTrainer):
             raise ValueError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor}: the teacher's distribution is what "
                 "smooths. Set it to 0"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "DistillationTrainer with a compute_loss_func: the loss is made of cross-entropy and the teacher's. "
+                "Leave it out, or use SleepTrainer"
             )
         self.distillation = distillation or Distillation()
         if teacher is None and self.distillation.share:

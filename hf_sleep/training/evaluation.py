@@ -1,14 +1,25 @@
 """Judging answers: teacher-forced for `SleepTrainer.evaluate`, and through `generate` as a callback."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import datasets
 from transformers import EvalPrediction, GenerationConfig, Trainer, TrainerCallback
 
 from ..data import Task
 from ..labels import IGNORED
 from .collator import SleepCollator
+
+IN_ORDER = {
+    "dataloader_drop_last": False,
+    "dataloader_in_order": True,
+    "batch_eval_metrics": False,
+    "eval_do_concat_batches": True,
+}
+"""Arguments with which a Trainer hands all rows' predictions over at once, in the order of the rows."""
 
 
 def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPrediction) -> dict[str, float]:
@@ -48,6 +59,40 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
         scores["chance"] = {difficulty: task.chance(difficulty) for difficulty in scores["accuracy"]}
     metrics = {f"{name}_{difficulty}": value for name, of in scores.items() for difficulty, value in of.items()}
     return metrics | {name: sum(of.values()) / len(of) for name, of in scores.items()}
+
+
+@contextmanager
+def judging(trainer: Any, rows: Any, task: Task | None) -> Iterator[None]:
+    """Let what a Trainer evaluates while it is open be judged by difficulty, where its rows have one.
+
+    Args:
+        trainer: left as it is where it has metrics of its own.
+        rows: what is evaluated.
+        task: judges them.
+
+    Raises:
+        ValueError: no rows, or rows that have a difficulty but no labels.
+    """
+    own = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
+    if own != (None, None) or not isinstance(rows, Sequence | datasets.Dataset):
+        yield
+        return
+    if not len(rows):
+        raise ValueError("the evaluation dataset has no rows: give at least one, or set eval_strategy='no'")
+    if "difficulty" not in rows[0]:
+        yield
+        return
+    if "labels" not in rows[0]:
+        raise ValueError("the evaluation rows have a difficulty but no labels to judge by: add a labels column")
+    given = {name: getattr(trainer.args, name) for name in IN_ORDER}
+    trainer.compute_metrics = partial(accuracy_by_difficulty, rows, task)
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    vars(trainer.args).update(IN_ORDER)
+    try:
+        yield
+    finally:
+        vars(trainer.args).update(given)
+        trainer.compute_metrics, trainer.preprocess_logits_for_metrics = own
 
 
 class GenerationEvaluation(TrainerCallback):
@@ -106,14 +151,27 @@ class GenerationEvaluation(TrainerCallback):
         batch = SleepCollator(padding_side="left")([prompt for _, prompt, _ in rows])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         longest = max(len(answer) for _, _, answer in rows)
-        # What the base's own generation config asks for, a penalty on repetition for one, is not greedy.
-        own = model.generation_config
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
-        try:
+        with greedy_config(model):
             ids = model.generate(**batch, max_new_tokens=longest, do_sample=False, sleep_passes=passes)
-        finally:
-            model.generation_config = own
         return ids[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def greedy_config(model: Any) -> Iterator[None]:
+    """Set aside, while it is open, what a generation config asks for but the ends: a penalty on repetition, say.
+
+    It is set where a module holds one. What PEFT's `generate` gives to the model inside is then what that has already.
+    """
+    own = model.generation_config
+    greedy = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    held = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in held:
+        module.generation_config = greedy
+    try:
+        yield
+    finally:
+        for module, config in held:
+            module.generation_config = config
 
 
 def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:

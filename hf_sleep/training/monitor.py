@@ -1,5 +1,6 @@
 """Measures the memory of a model in training: losses by window, time asleep, fast weights, gates and gradients."""
 
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from .evaluation import check_trainer
 from .parameters import refuse_sharded
 from .windows import window_numbers
 
-KEPT = ("input_ids", "attention_mask", "labels", "sleep_after")
+KEPT = ("input_ids", "inputs_embeds", "attention_mask", "labels", "sleep_after")
 
 
 class SleepMonitor(TrainerCallback):
@@ -28,7 +29,8 @@ class SleepMonitor(TrainerCallback):
     row sleeps when its next token comes, so none sleeps on its last window.
 
     - `loss_window_1`, `loss_window_2`, ...: mean loss of the targets that the tokens of each row's first, second, ...
-      window predict;
+      window predict; left out where the model is not given the labels (with `label_smoothing_factor` or
+      `compute_loss_func`);
     - `sleep_seconds`: spent in passes 2 to N and eviction, where rows that sleep together count once; `sleep_share`: of
       the whole read (forward only);
     - `fast_weight_norm`: Frobenius norm of a head's state after a row's last token; `fast_weight_rank`: its effective
@@ -97,7 +99,8 @@ class SleepMonitor(TrainerCallback):
 
     def _keep_batch(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         if module.training:
-            self._batch = {name: named.get(name) for name in KEPT}
+            given = inspect.signature(module.forward).bind_partial(*inputs).arguments | named
+            self._batch = {name: None if given.get(name) is None else given[name].detach() for name in KEPT}
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -132,16 +135,20 @@ class SleepMonitor(TrainerCallback):
     def _read(self, model: Any) -> tuple[dict[str, float], SleepCache]:
         """Losses by window and seconds, and what was remembered."""
         kept: dict[str, Any] = {name: None if t is None else t[: self.rows] for name, t in self._batch.items()}
-        ids, mask, marks = kept["input_ids"], kept["attention_mask"], kept["sleep_after"]
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-        targets = next_labels(kept["labels"], real)
+        mask, marks, labels = kept["attention_mask"], kept["sleep_after"], kept["labels"]
+        name = "inputs_embeds" if kept["input_ids"] is None else "input_ids"
+        given = kept[name]
+        shape, device = given.shape[:2], given.device
+        real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask != 0
+        targets = torch.full(shape, IGNORED, device=device) if labels is None else next_labels(labels, real)
+        row = torch.arange(len(given), device=device).unsqueeze(1)
         number = window_numbers(real, marks, model.config.sleep.window_size).masked_fill(~real, -1)
         metrics: dict[str, float] = {}
-        cache, asleep, began = SleepCache(), 0.0, _now(ids.device)
+        cache, asleep, began = SleepCache(), 0.0, _now(device)
         for window in range(int(number.max()) + 1):
             mine = number == window
             columns = mine.long().argsort(dim=1, descending=True, stable=True)[:, : int(mine.sum(1).max())]
-            read = {"input_ids": ids.gather(1, columns), "attention_mask": mine.gather(1, columns).long()}
+            read = {name: given[row, columns], "attention_mask": mine.gather(1, columns).long()}
             if marks is not None:
                 read["sleep_after"] = marks.gather(1, columns) * read["attention_mask"]
             sleeps: list[SleepEvent] = []
@@ -153,7 +160,7 @@ class SleepMonitor(TrainerCallback):
             if bool((wanted != IGNORED).any()):
                 loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
                 metrics[f"loss_window_{window + 1}"] = loss.item()
-        return metrics | {"sleep_seconds": asleep, "sleep_share": asleep / (_now(ids.device) - began)}, cache
+        return metrics | {"sleep_seconds": asleep, "sleep_share": asleep / (_now(device) - began)}, cache
 
 
 def fast_weights(cache: SleepCache) -> list[torch.Tensor]:

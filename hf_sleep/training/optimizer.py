@@ -15,10 +15,11 @@ GATE_LR = 1e-2
 def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
     """Choose which optimizer trains what.
 
-    Muon takes the weights of linear layers, the head apart (tied or not), as long as they are matrices: a layer with
-    one output is a vector. AdamW takes all else: embeddings, head, norms, biases, decay gates (`A_log`, `dt_bias`),
-    taps of short convolutions, routers and fused experts. Of these only what has at least two dimensions is decayed.
-    What lies between two passes (`model.between`) is a group of its own, whatever its shapes: AdamW's, without decay.
+    Muon takes the weights of linear layers, the head apart (tied or not, and an adapter's of it), as long as they are
+    matrices: a layer with one output is a vector. AdamW takes all else: embeddings, head, norms, biases, decay gates
+    (`A_log`, `dt_bias`), taps of short convolutions, routers and fused experts. Of these only what has at least two
+    dimensions is decayed. What lies between two passes (`model.between`) is a group of its own, whatever its shapes:
+    AdamW's, without decay.
 
     Args:
         model: a `SleepForCausalLM`, or anything else with its methods (a PEFT model of it).
@@ -31,7 +32,9 @@ def parameter_groups(model: Any, muon: bool = True) -> dict[str, list[Named]]:
     Source: Jordan et al. 2024 (Muon), for hidden matrices only; Lee et al. 2026 (arXiv 2605.26099), Muon for matrices.
     """
     head = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    # PEFT wraps the head that it trains.
+    of_head = set() if head is None else set(head.modules())
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in of_head]
     matrices = {id(module.weight) for module in linear if min(module.weight.shape) > 1}
     groups: dict[str, list[Named]] = {"adamw": [], "adamw_no_decay": [], "muon": [], "between": []}
     for name, parameter in model.named_parameters():

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..labels import IGNORED
 from ..modeling import SleepForCausalLM
 from ..packing import refuse_packed
 from .collator import SleepCollator, without_unpredicted
-from .evaluation import accuracy_by_difficulty
+from .evaluation import judging
 from .optimizer import GATE_LR, MuonAdamW, check_signature, parameter_groups
 from .passing import PassedStates
 from .progress import TokensPerSecond
@@ -123,10 +122,11 @@ class SleepTrainer(Trainer):
 
     `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
     counts when all its tokens have the largest logit. `accuracy` is the mean over difficulties; with `task`, `chance`
-    stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits. With a
-    `compute_metrics` of its own, evaluation is the Trainer's. With `eval_passes` all of it is repeated at each such N;
-    callbacks are told of the config's own N alone. The task's settings are saved beside the model, in
-    task.json. What it pushes to the Hub is complete, with the model's own card.
+    stands beside it, and a row may hold several answers. Only predicted ids are kept of the logits, and every row is
+    judged, in order and at the end, whatever the arguments say of the batches. With a `compute_metrics` of its own,
+    evaluation is the Trainer's. With `eval_passes` all of it is repeated at each such N; callbacks are told of the
+    config's own N alone. The task's settings are saved beside the model, in task.json. What it pushes to the Hub is
+    complete, with the model's own card.
 
     Args:
         args: `SleepTrainingArguments`.
@@ -342,20 +342,12 @@ class SleepTrainer(Trainer):
             )
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        own = self.compute_metrics, self.preprocess_logits_for_metrics
-        if own == (None, None) and isinstance(rows, Sequence | datasets.Dataset) and "difficulty" in rows[0]:
-            if "labels" not in rows[0]:
-                raise ValueError("the evaluation rows have a difficulty but no labels to judge by: add a labels column")
-            self.compute_metrics = partial(accuracy_by_difficulty, rows, self.task)
-            self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
-        try:
+        with judging(self, rows, self.task):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if not isinstance(rows, dict):  # of which each dataset is evaluated by a call of its own
                 for passes in self.args.eval_passes or ():
                     metrics |= self._evaluate_at(passes, eval_dataset, ignore_keys, f"{metric_key_prefix}_N{passes}")
             return metrics
-        finally:
-            self.compute_metrics, self.preprocess_logits_for_metrics = own
 
     def _evaluate_at(self, passes: int, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str) -> Any:
         """Evaluate at another N; logged, but no evaluation to callbacks, which would generate and stop by it."""
