@@ -288,8 +288,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             return_dict: `False` for a tuple.
             position_ids: `[B, T]` or `[1, T]`, counting up over a row's tokens; a model that sleeps numbers them
                 itself, so this is only checked.
-            skip_head: return a `BaseModelOutputWithPast` with `last_hidden_state` `[B, T or logits_to_keep, C]`, which
-                the output embeddings turn into logits (where the base caps them, before its cap).
+            skip_head: return a `BaseModelOutputWithPast` with `last_hidden_state` `[B, T or logits_to_keep, C]`, what
+                the output embeddings read, as in stock models: a base that scales or caps its logits does it after.
             sleep_after: `[B, T]`, 1 at a token after which its row sleeps, whatever its window holds: at the end of a
                 document or a turn. The same as ending the call there and calling `sleep`, with gradients; 0 elsewhere
                 and at pads. Not where weights are sharded over ranks.
