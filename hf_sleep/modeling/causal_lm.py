@@ -129,6 +129,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         # A text model names its vision tower's layers too, which FSDP would look for.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules))
+        self._tied_weights_keys = dict(self.all_tied_weights_keys)  # the base's: PEFT asks the whole model
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SleepForCausalLM":
         # What loading in 16 bits keeps: the gates, a hybrid base's too, and what is computed and not loaded, as RoPE's
