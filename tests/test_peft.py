@@ -10,6 +10,7 @@ from families import FAMILIES, make_base, make_model, randomize, sleep_config, t
 from helpers import assert_close, assert_same_weights, word_tokenizer, words
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepSession, SleepState, sleep_lora_config
@@ -382,6 +383,25 @@ def test_tied_embeddings_stay_tied_where_peft_is_asked_for_it(family, recwarn):
     merged = adapted.merge_and_unload()
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == (family == "qwen3")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("size", [None, 70])
+def test_resized_embeddings_go_with_the_adapter(size, tmp_path):
+    def resized():
+        model = AutoModelForSleepLM.from_pretrained(tmp_path / "retrofit")
+        if size is not None:
+            model.resize_token_embeddings(size)
+        return model
+
+    fresh().save_pretrained(tmp_path / "retrofit")
+    model = resized()
+    adapted = get_peft_model(model, sleep_lora_config(model, r=2, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in saved) == (2 if size else 0)
+    loaded = PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
 
 
 def test_a_model_that_carries_adapters_is_not_saved_as_a_checkpoint(tmp_path):
