@@ -27,7 +27,7 @@ from ..sleep import Sleeper
 from ..state import fingerprint
 from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
-from .compiling import CompiledCall, uncompiled
+from .compiling import CompiledCall, sealed, uncompiled
 from .generation import SleepGenerationMixin
 from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
@@ -245,6 +245,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         # pass) is checkpointed here instead.
         self.gradient_checkpointing = enable
 
+    @sealed
     @takes_cache
     @uncompiled
     def forward(
