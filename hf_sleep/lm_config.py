@@ -78,10 +78,18 @@ class SleepLMConfig(PreTrainedConfig):
             self.sleep = SleepConfig.from_dict(self.sleep or {})
         self.sleep = self.sleep.resolve(self.text_config)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        given = kwargs.pop("vocab_size", None)
+        if given not in (None, self.vocab_size):
+            raise ValueError(f"vocab_size={given}, but text_config.vocab_size={self.vocab_size}: set the latter alone")
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if kwargs.get(token) is None:
                 kwargs[token] = getattr(self.text_config, token, None)
         super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """The base's, which PEFT asks for here: whether embeddings were resized, and go with an adapter."""
+        return self.text_config.vocab_size
 
     def _check_imported(self, model_type: str | None) -> None:
         """Raise `ValueError` where the base's family was registered by a package that is not imported."""
@@ -106,6 +114,8 @@ class SleepLMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read what `to_dict` wrote. A keyword sets a field; `sleep` and `text_config` set just what they name."""
+        if (size := kwargs.get("vocab_size")) is not None:
+            raise TypeError(f"vocab_size is a setting of the base: pass text_config={{'vocab_size': {size!r}}}")
         asked = kwargs.pop("sleep", None) or {}
         choices = {f"_{key}": kwargs[key] for key in ("attn_implementation", "experts_implementation") if key in kwargs}
         made = super().from_dict(config_dict, **kwargs)

@@ -360,6 +360,28 @@ def test_a_model_config_survives_its_file(family, tmp_path):
         }
 
 
+def test_the_vocabulary_is_the_base_s(tmp_path):
+    config = SleepLMConfig(text_config=make_base("llama").config, sleep=FULL)
+    assert config.vocab_size == config.text_config.vocab_size == 61
+    config.text_config.vocab_size = 70
+    assert config.vocab_size == 70
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert "vocab_size" not in written.keys() | config.to_dict().keys()
+    assert copy.deepcopy(config).vocab_size == pickle.loads(pickle.dumps(config)).vocab_size == 70
+    for read in (SleepLMConfig.from_pretrained, AutoConfig.from_pretrained):
+        assert read(tmp_path).vocab_size == 70
+        assert read(tmp_path, text_config={"vocab_size": 80}).vocab_size == 80
+        with pytest.raises(TypeError, match=r"pass text_config=\{'vocab_size': 80\}"):
+            read(tmp_path, vocab_size=80)
+    # A file in which somebody else noted it.
+    file.write_text(json.dumps(written | {"vocab_size": 70}), encoding="utf-8")
+    assert SleepLMConfig.from_pretrained(tmp_path).vocab_size == 70
+    with pytest.raises(ValueError, match=r"vocab_size=71, but text_config.vocab_size=70: set the latter alone"):
+        SleepLMConfig(**written | {"vocab_size": 71})
+
+
 def test_fields_of_a_newer_version_are_named_and_ignored(tmp_path):
     newer = FULL.to_dict() | {"dream_depth": 3, "version": "9.9"}
     with pytest.warns(UserWarning, match=rf"\['dream_depth'\] \(written by hf_sleep 9.9, this is {__version__}\)"):

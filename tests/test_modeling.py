@@ -2,11 +2,14 @@
 
 import copy
 import functools
+import inspect
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from families import VOCAB, make_base, make_model, sleep_config, tokens
 from helpers import assert_close, pad
@@ -348,6 +351,28 @@ def test_torch_compile_leaves_it_as_it_is(backend, caplog):
     assert all(block.mixer.o_proj.weight.grad.any() for block in model.fast_weights.values())
     said = [record.message for record in caplog.records if "torch.compile leaves a model that sleeps" in record.message]
     assert len(said) == 1
+    torch.compiler.reset()
+    modeling_module.logger.warning_once.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+def test_accelerate_unwraps_it_with_its_decorators(monkeypatch):
+    """What takes off mixed precision again leaves a model that takes both names of its cache, and is not compiled."""
+    model, ids, cache = sleeper(), tokens(2 * L + 1)[None], SleepCache()
+    expected, parameters = model(ids).logits, inspect.signature(model.forward).parameters
+    assert {"input_ids", "cache", "labels", "sleep_passes"} <= parameters.keys()
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # or it would be every later Accelerator's
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    assert not torch.equal(prepared(ids).logits, expected)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert unwrapped is model
+    assert inspect.signature(unwrapped.forward).parameters == parameters
+    assert torch.equal(unwrapped(ids, past_key_values=cache).logits, expected)
+    assert len(cache.memory.counters) == 1
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a model that sleeps is not compiled"), torch.no_grad():
+        torch.compile(unwrapped, backend="eager", fullgraph=True)(ids)
     torch.compiler.reset()
     modeling_module.logger.warning_once.cache_clear()
 

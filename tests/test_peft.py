@@ -10,6 +10,7 @@ from families import FAMILIES, make_base, make_model, randomize, sleep_config, t
 from helpers import assert_close, assert_same_weights, word_tokenizer, words
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepSession, SleepState, sleep_lora_config
@@ -250,7 +251,8 @@ def test_the_lora_config_trains_blocks_in_full_and_every_projection_of_the_base(
     torch.manual_seed(0)
     model = fresh(family)
     blocks = {name for name, _ in model.named_parameters() if name.startswith("fast_weights.")}
-    config = sleep_lora_config(model, r=2, lora_dropout=0.0, modules_to_save=["embed_tokens"], init_lora_weights=False)
+    fields = {"lora_dropout": 0.0, "init_lora_weights": False, "ensure_weight_tying": model.config.tie_word_embeddings}
+    config = sleep_lora_config(model, r=2, modules_to_save=["embed_tokens"], **fields)
     assert (config.r, config.lora_alpha) == (2, 4)
     model = get_peft_model(model, config).train()
     steps(model, 1)
@@ -349,6 +351,57 @@ def test_the_blocks_are_named_one_by_one():
     """PEFT has no form for all of them at once."""
     with pytest.raises(TypeError, match=r"cannot be applied to modules of type .*ModuleDict"):
         get_peft_model(fresh(), lora(fresh(), [], modules_to_save=["fast_weights"]))
+
+
+def test_new_tokens_of_a_tied_base_are_learnt_at_both_ends(tmp_path):
+    """The rows that are trained are the head's too: before the merge, in the saved adapter, and after it."""
+    model = fresh("qwen3")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    before = model(IDS).logits
+    adapted = get_peft_model(model, sleep_lora_config(model, r=2, trainable_token_indices={"embed_tokens": [5, 6]}))
+    ids = torch.cat([IDS, torch.tensor([[5, 6]])], 1)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 1e-3)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    expected = adapted.eval()(input_ids=ids).logits.detach()
+    assert (expected[:, : IDS.shape[1]] - before).abs().max() > 1e-2
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh("qwen3"), tmp_path)
+    assert_close(loaded(input_ids=ids).logits, expected, 1e-5)
+    merged = adapted.merge_and_unload()
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert_close(merged(ids).logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_tied_embeddings_stay_tied_where_peft_is_asked_for_it(family, recwarn):
+    model = fresh(family)
+    config = sleep_lora_config(model, r=2, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    adapted = get_peft_model(model, config)
+    untied = [str(warning.message) for warning in recwarn if "no tied modules were found" in str(warning.message)]
+    assert bool(untied) == (family == "llama")
+    merged = adapted.merge_and_unload()
+    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert tied == (family == "qwen3")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("size", [None, 70])
+def test_resized_embeddings_go_with_the_adapter(size, tmp_path):
+    def resized():
+        model = AutoModelForSleepLM.from_pretrained(tmp_path / "retrofit")
+        if size is not None:
+            model.resize_token_embeddings(size)
+        return model
+
+    fresh().save_pretrained(tmp_path / "retrofit")
+    model = resized()
+    adapted = get_peft_model(model, sleep_lora_config(model, r=2, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in saved) == (2 if size else 0)
+    loaded = PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
 
 
 def test_a_model_that_carries_adapters_is_not_saved_as_a_checkpoint(tmp_path):

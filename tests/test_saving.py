@@ -857,6 +857,10 @@ def test_settings_of_the_sleep_have_their_place(what, bases, tmp_path):
             TypeError, match=r"rms_norm_eps is a setting of the base: pass text_config=\{'rms_norm_eps'"
         ):
             AutoModelForSleepLM.from_pretrained(folder, rms_norm_eps=0.1)
+        with pytest.raises(
+            TypeError, match=r"vocab_size is a setting of the base: pass text_config=\{'vocab_size': 64"
+        ):
+            AutoModelForSleepLM.from_pretrained(folder, vocab_size=64)
 
 
 # Round trips.

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 import trl
 from datasets import Dataset
-from families import FAMILIES, VOCAB, make_model, sleep_config, tokens
+from families import FAMILIES, MORE_FAMILIES, VOCAB, make_model, sleep_config, tokens
 from helpers import assert_close
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
@@ -125,13 +126,41 @@ def test_the_base_model_is_the_sleeping_model_without_its_head(family):
     output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     assert passes.count(3)
     assert not hasattr(output, "logits")
-    logits = model.get_output_embeddings()(output.last_hidden_state)
+    logits = model.get_output_embeddings()(output.last_hidden_state) / getattr(model.lm.config, "logits_scaling", 1.0)
     expected = model(ids, attention_mask=mask).logits
     real = mask.bool()
     assert torch.equal(logits[real], expected[real])
     assert not output.last_hidden_state[~real].any()
     last = model.base_model(ids, attention_mask=mask, logits_to_keep=4).last_hidden_state
     assert_close(last, output.last_hidden_state[:, -4:], 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES)
+def test_the_base_model_ends_where_the_base_s_does(family):
+    """What scales and caps the logits comes after the head, which is left to whoever asks for no head."""
+    ids = tokens(L)[None]
+    with torch.no_grad():
+        model = make_model(family, sleep_config(family, window_size=L), trained=False)
+        expected = model.lm.model(ids).last_hidden_state
+        assert_close(model.base_model(ids).last_hidden_state, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "granite", "granitemoe", "granitemoehybrid", "cohere", "cohere2", "gemma2"]
+)
+def test_the_fused_head_makes_the_loss_of_the_head(family):
+    """The families that scale or cap their logits, with a head of TRL's."""
+    model = tiny(family=family)
+    ids = torch.stack([tokens(3 * L + 2, seed=i) for i in (1, 2)])
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    add_fused_lm_head(model)
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+    assert_close(output.loss, expected, 1e-5)
+    output.loss.backward()
+    assert_same_gradients(gradients(model), wanted)
 
 
 def test_the_base_model_carries_a_cache_and_takes_no_labels():

@@ -231,14 +231,15 @@ class Decoder:
         return self.final_norm(x)
 
     def head_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Make what the head alone turns into logits: `[..., C]` to `[..., C]`.
+        """Make what the head reads, a stock model's `last_hidden_state`: `[..., C]` to `[..., C]`.
 
-        It applies the final norm, where the passes have not, and what scales the logits.
+        It applies the final norm, where the passes have not. What scales or caps the logits comes after the head, in
+        `logits`: who applies the head himself, as TRL's trainers do, reads it from the base's config.
         """
         return x if self.norm_every_pass else self.norm(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm, head and what scales its output: `[..., C]` to `[..., vocab]`."""
+        """Final norm, head, and what scales or caps its output: `[..., C]` to `[..., vocab]`."""
         logits = self.lm.get_output_embeddings()(self.head_input(x))
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap

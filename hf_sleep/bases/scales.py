@@ -15,12 +15,8 @@ class GraniteDecoder(Decoder):
     def first_input(self, embeds: torch.Tensor) -> torch.Tensor:
         return super().first_input(embeds) * self.config.embedding_multiplier
 
-    def head_input(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x) / self.config.logits_scaling
-
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        # As the base rounds it.
-        return self.lm.get_output_embeddings()(self.norm(x)) / self.config.logits_scaling
+        return super().logits(x) / self.config.logits_scaling
 
 
 @register_base("cohere")
@@ -29,11 +25,8 @@ class CohereDecoder(Decoder):
 
     interleaved_rope = True
 
-    def head_input(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x) * self.config.logit_scale
-
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lm.get_output_embeddings()(self.norm(x)) * self.config.logit_scale
+        return super().logits(x) * self.config.logit_scale
 
 
 @register_base("cohere2")

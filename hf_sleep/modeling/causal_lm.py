@@ -27,7 +27,7 @@ from ..sleep import Sleeper
 from ..state import fingerprint
 from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
-from .compiling import CompiledCall, uncompiled
+from .compiling import CompiledCall, sealed, uncompiled
 from .generation import SleepGenerationMixin
 from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
@@ -129,6 +129,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         # A text model names its vision tower's layers too, which FSDP would look for.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules))
+        self._tied_weights_keys = dict(self.all_tied_weights_keys)  # the base's: PEFT asks the whole model
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SleepForCausalLM":
         # What loading in 16 bits keeps: the gates, a hybrid base's too, and what is computed and not loaded, as RoPE's
@@ -244,6 +245,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         # pass) is checkpointed here instead.
         self.gradient_checkpointing = enable
 
+    @sealed
     @takes_cache
     @uncompiled
     def forward(
@@ -288,8 +290,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             return_dict: `False` for a tuple.
             position_ids: `[B, T]` or `[1, T]`, counting up over a row's tokens; a model that sleeps numbers them
                 itself, so this is only checked.
-            skip_head: return a `BaseModelOutputWithPast` with `last_hidden_state` `[B, T or logits_to_keep, C]`, which
-                the output embeddings turn into logits (where the base caps them, before its cap).
+            skip_head: return a `BaseModelOutputWithPast` with `last_hidden_state` `[B, T or logits_to_keep, C]`, what
+                the output embeddings read, as in stock models: a base that scales or caps its logits does it after.
             sleep_after: `[B, T]`, 1 at a token after which its row sleeps, whatever its window holds: at the end of a
                 document or a turn. The same as ending the call there and calling `sleep`, with gradients; 0 elsewhere
                 and at pads. Not where weights are sharded over ranks.

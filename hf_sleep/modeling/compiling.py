@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -32,6 +33,18 @@ def uncompiled(function: Callable) -> Callable:
         return (run if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return choose
+
+
+def sealed(function: Callable) -> Callable:
+    """Let nobody look below the decorators of `function`; its signature stays.
+
+    accelerate's `unwrap_model(keep_fp32_wrapper=False)` follows `__wrapped__` to the end, and leaves a model with what
+    it finds there.
+    """
+    outer: Any = function
+    outer.__signature__ = inspect.signature(function)
+    del outer.__wrapped__
+    return function
 
 
 OF_A_STEP = {"input_ids", "attention_mask", "use_cache", "logits_to_keep", "sleep_passes", "return_dict"}
