@@ -113,11 +113,14 @@ class SessionBatch:
             raise ValueError("the session has another model than this batch")
         seed = generation.pop("seed", None)
         config = self._config(generation, session.steps.stops)
+        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
         begun, held, prompt = session.begin(question, {"max_new_tokens": config.max_new_tokens})
-        turn = Turn(session, begun, held, prompt, config, remember)
-        if seed is not None:
-            turn.generator = torch.Generator(self.model.device).manual_seed(seed)
-        turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.model.device))
+        turn = Turn(session, begun, held, prompt, config, remember, generator=generator)
+        try:
+            turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.model.device))
+        except BaseException:
+            session.end()
+            raise
         turn.answer.set_running_or_notify_cancel()
         turn.answer.add_done_callback(lambda _: session.end())
         self.waiting.append(turn)
@@ -130,17 +133,22 @@ class SessionBatch:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Let those join that wait, and say one token in each row; tells whether any is left."""
+        """Let those join that wait, and say one token in each row; tells whether any is left.
+
+        Ctrl-C ends the turns that it meets, as an error does, and reaches the caller; those that wait stay.
+        """
         while self.waiting and len(self.turns) < self.max_rows:
             self._join(self.waiting.popleft())
         if self.turns:
             try:
                 self._say()
-            except Exception as error:
+            except BaseException as error:
                 for turn in self.turns:
                     if not turn.answer.done():
                         turn.answer.set_exception(error)
                 self.turns, self._cache = [], SleepCache()
+                if not isinstance(error, Exception):
+                    raise
             self._leave()
         return bool(self.turns or self.waiting)
 
@@ -183,8 +191,10 @@ class SessionBatch:
             with self.model.on_sleep(in_this_thread(note)):
                 logits = self.model(ids, cache=cache, logits_to_keep=1, sleep_passes=steps.passes).logits
             turn.choose(logits[0, -1])
-        except Exception as error:
+        except BaseException as error:
             turn.answer.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
             return
         turn.slept.seconds += time.perf_counter() - began
         self._cache = cache if not self.turns else SleepCache.cat([self._cache, cache])
