@@ -15,6 +15,7 @@ from .engine import PassPolicy, SleepEvent, in_this_thread, pass_policy, policy_
 from .held import Held, Slept, pass_key
 from .lora import without_wrapper
 from .memory import Memory
+from .placement import compute_device
 from .store import SleepStore
 from .turns import MODEL, READER, Turns
 
@@ -54,6 +55,11 @@ class Steps:
     def window_size(self) -> int:
         """L."""
         return int(self.model.config.sleep.window_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes ids, also when its weights are kept elsewhere."""
+        return compute_device(self.model.get_input_embeddings())
 
     def room(self, held: Held) -> int:
         """Tokens that the current window has room for."""
@@ -260,7 +266,7 @@ class Steps:
     def _tensors(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as ids, padded on the left, and their mask."""
         width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.model.device)
+        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.ones_like(ids)
         for row, prompt in zip(mask, prompts, strict=True):
             row[: width - len(prompt)] = 0
