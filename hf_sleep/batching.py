@@ -14,6 +14,7 @@ from .engine import SleepEvent, in_this_thread
 from .held import Held, pass_key
 from .lora import without_wrapper
 from .memory import Memory
+from .placement import compute_device
 from .session import SleepSession
 from .steps import MAX_NEW_TOKENS, Sleeps
 
@@ -95,6 +96,11 @@ class SessionBatch:
         self.turns: list[Turn] = []
         self._cache = SleepCache()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes ids, also when its weights are kept elsewhere."""
+        return compute_device(self.model.get_input_embeddings())
+
     def submit(
         self, session: SleepSession, question: str, *, remember: bool = False, **generation: Any
     ) -> "Future[str]":
@@ -113,11 +119,14 @@ class SessionBatch:
             raise ValueError("the session has another model than this batch")
         seed = generation.pop("seed", None)
         config = self._config(generation, session.steps.stops)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         begun, held, prompt = session.begin(question, {"max_new_tokens": config.max_new_tokens})
-        turn = Turn(session, begun, held, prompt, config, remember)
-        if seed is not None:
-            turn.generator = torch.Generator(self.model.device).manual_seed(seed)
-        turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.model.device))
+        turn = Turn(session, begun, held, prompt, config, remember, generator=generator)
+        try:
+            turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.device))
+        except BaseException:
+            session.end()
+            raise
         turn.answer.set_running_or_notify_cancel()
         turn.answer.add_done_callback(lambda _: session.end())
         self.waiting.append(turn)
@@ -130,17 +139,22 @@ class SessionBatch:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Let those join that wait, and say one token in each row; tells whether any is left."""
+        """Let those join that wait, and say one token in each row; tells whether any is left.
+
+        Ctrl-C ends the turns that it meets, as an error does, and reaches the caller; those that wait stay.
+        """
         while self.waiting and len(self.turns) < self.max_rows:
             self._join(self.waiting.popleft())
         if self.turns:
             try:
                 self._say()
-            except Exception as error:
+            except BaseException as error:
                 for turn in self.turns:
                     if not turn.answer.done():
                         turn.answer.set_exception(error)
                 self.turns, self._cache = [], SleepCache()
+                if not isinstance(error, Exception):
+                    raise
             self._leave()
         return bool(self.turns or self.waiting)
 
@@ -148,7 +162,7 @@ class SessionBatch:
         """One token more in each row."""
         began = time.perf_counter()
         self._sleep_where_full()
-        said = torch.tensor([turn.said[-1:] for turn in self.turns], device=self.model.device)
+        said = torch.tensor([turn.said[-1:] for turn in self.turns], device=self.device)
         logits = self.model(said, cache=self._cache).logits[:, -1]
         seconds = (time.perf_counter() - began) / len(self.turns)
         for turn, row in zip(self.turns, logits, strict=True):
@@ -167,14 +181,14 @@ class SessionBatch:
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
             raise ValueError("the model's generation_config has several beams or sequences: use ask")
         config.max_new_tokens = MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-        self.model._prepare_special_tokens(config, device=self.model.device)
+        self.model._prepare_special_tokens(config, device=self.device)
         return config
 
     def _join(self, turn: Turn) -> None:
         """Read a question alone, and take its row in."""
         steps, began = turn.session.steps, time.perf_counter()
         cache = steps.cache(turn.held.memory)
-        ids = torch.tensor([turn.prompt], device=self.model.device)
+        ids = torch.tensor([turn.prompt], device=self.device)
 
         def note(event: SleepEvent) -> None:
             turn.slept.add(event)
@@ -183,8 +197,10 @@ class SessionBatch:
             with self.model.on_sleep(in_this_thread(note)):
                 logits = self.model(ids, cache=cache, logits_to_keep=1, sleep_passes=steps.passes).logits
             turn.choose(logits[0, -1])
-        except Exception as error:
+        except BaseException as error:
             turn.answer.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
             return
         turn.slept.seconds += time.perf_counter() - began
         self._cache = cache if not self.turns else SleepCache.cat([self._cache, cache])

@@ -10,6 +10,11 @@ from transformers import Cache
 from .memory import KV, FastWeights, Memory
 
 
+def unwrapped(model: Any) -> Any:
+    """The model that a `PeftModel` wraps, whose layers carry the adapter; or `model` itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
 class SleepCache(Cache):
     """Cache of a `SleepForCausalLM`: bounded KV, fast weights, and the current window.
 
@@ -44,8 +49,8 @@ class SleepCache(Cache):
         self.memory, self._owner, self._read_with = memory, weakref.ref(owner), owner.config.sleep
 
     def belongs_to(self, model: Any) -> bool:
-        """Tell whether `model` wrote this cache."""
-        return self._owner is not None and self._owner() is model
+        """Tell whether `model`, or what a `PeftModel` wraps, wrote this cache."""
+        return self._owner is not None and self._owner() is unwrapped(model)
 
     def check_settings(self, model: Any) -> None:
         """Check that `model`, whose cache this is, still sleeps such that it can continue from here.

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .cache import unwrapped
 from .modeling import SleepForCausalLM
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def without_wrapper(model: Any) -> SleepForCausalLM:
     Raises:
         TypeError: a model that does not sleep, or an adapter that is not in its layers.
     """
-    sleeping = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    sleeping = unwrapped(model)
     if not isinstance(sleeping, SleepForCausalLM):
         raise TypeError(
             f"model is a {type(sleeping).__name__}, which does not sleep: load it with "

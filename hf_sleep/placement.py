@@ -13,8 +13,17 @@ from torch.distributed.tensor import DTensor
 
 def compute_device(module: nn.Module) -> torch.device:
     """Find the device on which a module computes, also when accelerate keeps its weights elsewhere."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return next(module.parameters()).device if device is None else torch.device(device)
+    device = _of_hook(module)
+    if device is None and (here := next(module.parameters()).device).type != "meta":
+        return here
+    # accelerate's cpu_offload hooks the modules that hold weights, and none of those around them.
+    of_parts = (found for part in module.modules() if (found := _of_hook(part)) is not None)
+    return torch.device(next(of_parts, "meta") if device is None else device)
+
+
+def _of_hook(module: nn.Module) -> Any:
+    """The device on which accelerate lets a module compute; `None` where it says none."""
+    return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .cache import SleepCache
+from .cache import SleepCache, unwrapped
 from .config import SleepConfig
 from .files import write_file
 from .memory import KV, Counters, FastWeights, Memory
@@ -114,6 +114,7 @@ class SleepState:
         Raises:
             ValueError: an empty cache, or one of another model.
         """
+        model = unwrapped(model)
         if cache.is_empty:
             raise ValueError("the cache is empty: there is nothing to keep. Call the model with it first")
         if not cache.belongs_to(model):
@@ -134,7 +135,7 @@ class SleepState:
         Raises:
             ValueError: another model, other settings, another dtype, or what this model cannot have left.
         """
-        config = self._check()
+        config, model = self._check(), unwrapped(model)
         settings, digest = _settings(model), fingerprint(model)
         for key in (*FIXED_SETTINGS, *OPTIONAL_SETTINGS):
             saved, here = (of.get(key, OPTIONAL_SETTINGS.get(key)) for of in (self.settings, settings))

@@ -1,5 +1,6 @@
 """Steps of a session, from one `Held` to the next: read, sleep, answer."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from .engine import PassPolicy, SleepEvent, in_this_thread, pass_policy, policy_
 from .held import Held, Slept, pass_key
 from .lora import without_wrapper
 from .memory import Memory
+from .placement import compute_device
 from .store import SleepStore
 from .turns import MODEL, READER, Turns
 
@@ -53,6 +55,11 @@ class Steps:
     def window_size(self) -> int:
         """L."""
         return int(self.model.config.sleep.window_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes ids, also when its weights are kept elsewhere."""
+        return compute_device(self.model.get_input_embeddings())
 
     def room(self, held: Held) -> int:
         """Tokens that the current window has room for."""
@@ -187,20 +194,39 @@ class Steps:
         self, held: Held, prompts: list[list[int]], generation: dict[str, Any]
     ) -> tuple[list[list[int]], Memory, Sleeps]:
         """Answers to prompts that each follow what is held, the memory after them, and the sleeps of the first."""
-        config = generation.get("generation_config") or self.model.generation_config
-        if (generation.get("num_return_sequences", config.num_return_sequences) or 1) != 1:
+        if (self._asked_of("num_return_sequences", generation) or 1) != 1:
             raise ValueError("num_return_sequences must be 1: a session has one answer to a question")
-        beams = generation.get("num_beams", config.num_beams) or 1
+        beams = self._asked_of("num_beams", generation) or 1
         rows = held.memory.select([0] * len(prompts) * beams) if held.memory.counters else held.memory
         cache, (ids, mask) = self.cache(rows.without_columns()), self._tensors(prompts)
-        settings = {"max_new_tokens": self._max_new_tokens(generation), "eos_token_id": sorted(self.stops) or None}
-        settings |= {"pad_token_id": self._pad, "sleep_passes": self.passes} | generation
+        settings, given = self._settings(generation)
         with self._watched() as slept:
             output = self.model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
         sequences = getattr(output, "sequences", output)
-        given = settings["eos_token_id"]
         stops = {given} if isinstance(given, int) else set(given or ())
         return [_until(row[ids.shape[1] :].tolist(), stops) for row in sequences], cache.memory, slept
+
+    def _settings(self, generation: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Keywords for `generate`, with a session's own where none are given, and the ids that end an answer."""
+        own = {"max_new_tokens": self._max_new_tokens(generation), "eos_token_id": sorted(self.stops) or None}
+        own["pad_token_id"] = self._pad
+        if (config := generation.get("generation_config")) is None:
+            settings = {"sleep_passes": self.passes} | own | generation
+            return settings, settings["eos_token_id"]
+        # Beside a config, generate warns of keywords that belong into it.
+        config = copy.deepcopy(config)
+        for name, value in own.items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
+        settings = {"sleep_passes": self.passes} | generation | {"generation_config": config}
+        return settings, generation.get("eos_token_id", config.eos_token_id)
+
+    def _asked_of(self, name: str, generation: dict[str, Any]) -> Any:
+        """A field of a `GenerationConfig` as `generate` takes it: a keyword, of the config given, or the model's."""
+        if name in generation:
+            return generation[name]
+        given = getattr(generation.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name) if given is None else given
 
     @property
     def _has_named_passes(self) -> bool:
@@ -225,8 +251,7 @@ class Steps:
         return int(pad)
 
     def _max_new_tokens(self, generation: dict[str, Any]) -> int:
-        config = generation.get("generation_config") or self.model.generation_config
-        given = generation.get("max_new_tokens", config.max_new_tokens)
+        given = self._asked_of("max_new_tokens", generation)
         return MAX_NEW_TOKENS if given is None else int(given)
 
     # Between a value and a call.
@@ -241,7 +266,7 @@ class Steps:
     def _tensors(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as ids, padded on the left, and their mask."""
         width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.model.device)
+        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.ones_like(ids)
         for row, prompt in zip(mask, prompts, strict=True):
             row[: width - len(prompt)] = 0

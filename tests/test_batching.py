@@ -236,3 +236,47 @@ def test_a_session_waits_with_its_idle_sleep_until_its_turn_is_over():
     s._idle._timer.join(10)
     assert s.report().sleeps == before + 1
     s.sleep_when_idle(None)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": -3}, {"seed": "one"}], ids=str)
+def test_a_refused_turn_leaves_the_idle_sleep_as_it_was(settings):
+    s = session(settings={"sleep_before_turns": "never"})
+    s.read(words(3))
+    batch = SessionBatch(s.model)
+    with pytest.raises((ValueError, RuntimeError), match=r"strictly positive|manual_seed expected"):
+        batch.submit(s, words(2), do_sample=True, **settings)
+    assert _sleeps_when_idle(s)
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["joins", "speaks"])
+def test_ctrl_c_ends_the_turn_that_it_meets_and_those_that_wait_are_answered(call, monkeypatch):
+    first = session(settings={"sleep_before_turns": "never"})
+    second = first.fork()
+    for s in (first, second):
+        s.read(words(3))
+    batch = SessionBatch(first.model, max_rows=1)
+    met, waits = (batch.submit(s, words(2), **GREEDY) for s in (first, second))
+    forward, calls = first.model.forward, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(first.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch.run()
+    assert isinstance(met.exception(0), KeyboardInterrupt)
+    assert not waits.done()
+    batch.run()
+    assert waits.result(0) == second.ask(words(2), **GREEDY)
+    assert _sleeps_when_idle(first)
+
+
+def _sleeps_when_idle(s: SleepSession) -> bool:
+    before = s.report().sleeps
+    s.sleep_when_idle(0.0)
+    s._idle._timer.join(10)
+    s.sleep_when_idle(None)
+    return s.report().sleeps == before + 1

@@ -460,16 +460,21 @@ def test_ctrl_c_in_a_piped_chat_ends_it(checkpoint: str, monkeypatch) -> None:
     assert result.stderr.count("[window ") == 1
 
 
-def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(loaded, monkeypatch, capsys) -> None:
-    typed = iter(["w1 w2", KeyboardInterrupt, "w3", "/exit-not", EOFError])
+def type_at_a_terminal(monkeypatch, *steps: str | type[BaseException]) -> None:
+    """Type lines, or press keys that raise."""
+    left = iter(steps)
 
     def type_next(prompt: str) -> str:
-        step = next(typed)
+        step = next(left)
         if isinstance(step, str):
             return step
         raise step
 
     monkeypatch.setattr(builtins, "input", type_next)
+
+
+def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(loaded, monkeypatch, capsys) -> None:
+    type_at_a_terminal(monkeypatch, "w1 w2", KeyboardInterrupt, "w3", "/exit-not", EOFError)
     interrupt_after(monkeypatch, show_module.Typed, "__call__", 1)
     session = SleepSession(*loaded)
     assert chat_module.Chat(session, HOW, {}).run_at_a_terminal() == 0
@@ -480,6 +485,35 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(loaded, monkeyp
     twin = SleepSession(*loaded)
     first = [piece for piece, _ in zip(twin.stream("w1 w2", remember=True, **HOW), range(2), strict=False)]
     assert said.out.splitlines()[0].strip() == first[0].strip()
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+@pytest.mark.parametrize(
+    ("line", "owner", "name"),
+    [
+        ("/sleep", SleepSession, "sleep"),
+        ("/save FILE", SleepSession, "save"),
+        ("/load FILE", chat_module, "load_state"),
+        ("/read FILE", chat_module, "text_in"),
+        ("/report", SleepSession, "report"),
+    ],
+)
+def test_at_a_terminal_ctrl_c_ends_a_command_and_keeps_the_memory(
+    loaded, monkeypatch, capsys, tmp_path, line, owner, name, json_lines
+) -> None:
+    session, line = SleepSession(*loaded), line.replace("FILE", str(tmp_path / "a.sleep"))
+    session.read("w1 w2 w3", progress=False)
+    type_at_a_terminal(monkeypatch, line, "/undo", EOFError)
+    interrupt_after(monkeypatch, owner, name, name == "report")  # of which the first is the greeting's
+    held, after = session._held, []
+    monkeypatch.setattr(session, "undo", lambda: after.append(session._held))
+    assert chat_module.Chat(session, HOW, {}, json=json_lines).run_at_a_terminal() == 0
+    assert after == [held]
+    said = capsys.readouterr()
+    assert said.err.count("Interrupted.") == 1
+    assert list(tmp_path.iterdir()) == []
+    if json_lines:
+        assert [json.loads(text).get("interrupted") for text in said.out.splitlines()] == [True, None]
 
 
 # state

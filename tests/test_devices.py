@@ -5,13 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from families import FAMILIES, make_base, make_model, sleep_config, tokens
-from helpers import L, pad, sleeper
+from helpers import L, pad, sleeper, word_tokenizer, words
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
-from hf_sleep import SleepCache
+from hf_sleep import SessionBatch, SleepCache, SleepSession
 from hf_sleep.bases.decoder import decoder_for
 from hf_sleep.engine import PassEvent
 from hf_sleep.state import fingerprint
@@ -116,6 +117,44 @@ def test_gradient_norms_are_measured_without_float64_on_the_models_device(scale)
         hooks[0](elsewhere(gradient))
     monitor.on_log(None, None, None, None, {"loss": 1.0})
     assert logged["gradient_norm_pass_1"] == pytest.approx(torch.stack(gradients).double().norm().item(), rel=1e-6)
+
+
+OFFLOADS = {
+    "cpu": lambda model, folder: cpu_offload(model, CPU),
+    "cpu, buffers too": lambda model, folder: cpu_offload(model, CPU, offload_buffers=True),
+    "disk": lambda model, folder: disk_offload(model, folder, CPU),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "jet_nemotron", "kimi_linear", "granitemoehybrid"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_weights_that_come_when_their_module_is_called_are_waited_for(offload, family, tmp_path):
+    """accelerate hooks the modules that hold weights, and no layer around them."""
+    model, ids = sleeper(f"{family}/sliding+sink/N2/all", torch.float32).eval(), tokens(2 * L + 3)[None]
+    with torch.no_grad():
+        expected, digest = model(ids).logits, fingerprint(model)
+        OFFLOADS[offload](model, tmp_path)
+        assert next(model.parameters()).is_meta
+        assert torch.equal(model(ids).logits, expected)
+    assert model.slot_devices() == [CPU] * len(model.slot_devices())
+    assert fingerprint(model) == digest
+
+
+def test_a_session_and_a_batch_of_sessions_have_a_model_whose_weights_are_kept_elsewhere():
+    plain, kept = (sleeper("llama/hard/N2/all", torch.float32).eval() for _ in range(2))
+    cpu_offload(kept, CPU)
+    how = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": list(range(5))}
+    answers = []
+    for model in (plain, kept):
+        s, batch = SleepSession(model, word_tokenizer()), SessionBatch(model)
+        s.read(words(2 * L), progress=False)
+        submitted = batch.submit(s, words(2), seed=1, **how | {"do_sample": True})
+        batch.run()
+        answers.append([s.ask(words(2), **how), submitted.result(0)])
+        again = s.to_state().to_cache(model).memory
+        assert again.counters == s._held.memory.counters
+    assert answers[0] == answers[1]
 
 
 def test_a_default_device_does_not_move_what_is_computed_on_the_cpu():

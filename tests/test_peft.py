@@ -465,6 +465,25 @@ def test_a_model_is_prepared_for_training_on_a_quantised_base():
     assert losses[-1] < losses[0]
 
 
+def test_a_state_is_taken_from_and_given_to_the_wrapper_or_what_it_wraps(tmp_path):
+    inner = make_model("llama", settings("llama"))
+    tuned = get_peft_model(inner, lora(inner, [], init_lora_weights=False)).eval()
+    cache, ids = SleepCache(), torch.arange(2 * L + 3)[None]
+    with torch.no_grad():
+        tuned(input_ids=ids[:, :-1], cache=cache)
+        expected = tuned(input_ids=ids[:, -1:], cache=cache.fork()).logits
+    assert cache.belongs_to(tuned)
+    assert cache.belongs_to(inner)
+    SleepState.from_cache(tuned, cache).save(tmp_path / "a.sleep")
+    assert SleepState.from_cache(inner, cache).fingerprint == SleepState.load(tmp_path / "a.sleep").fingerprint
+    for model in (tuned, inner):
+        again = SleepState.load(tmp_path / "a.sleep").to_cache(model)
+        with torch.no_grad():
+            assert torch.equal(tuned(input_ids=ids[:, -1:], cache=again).logits, expected)
+    with tuned.disable_adapter(), pytest.raises(ValueError, match="saved by another model"):
+        SleepState.load(tmp_path / "a.sleep").to_cache(tuned)
+
+
 def test_a_memory_is_one_of_the_adapter_that_read_it(tmp_path):
     """Which of them compute is no parameter, and makes another model all the same."""
     model = make_model("llama", settings("llama"))

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, make_model, sleep_config
 from helpers import EVICTIONS, word_tokenizer, words
 from tokenizers import processors
+from transformers import GenerationConfig
 
 from hf_sleep import SleepCache, SleepSession, SleepState, SleepStore, UntilSettled
 from hf_sleep.held import chained, chained_sleep
@@ -452,6 +454,39 @@ def test_a_beam_search_can_answer_and_cannot_be_remembered():
     with pytest.raises(ValueError, match="num_return_sequences must be 1"):
         s.ask(words(2), num_beams=2, num_return_sequences=2, **GREEDY)
     assert s._held is held
+
+
+@pytest.mark.parametrize("of_the_model", [{}, {"max_new_tokens": 2}])
+def test_a_generation_config_says_what_its_keywords_would_say(monkeypatch, of_the_model):
+    """Its eos, pad and number of tokens hold; what it leaves open is the session's or the model's."""
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", pytest.fail)
+    s = session()
+    s.read(words(L + 3))
+    s.model.generation_config.update(**of_the_model)
+    words_alone = {"do_sample": False, "suppress_tokens": list(range(5))}
+    said = s.ask(words(3), max_new_tokens=8, **words_alone).split()
+    ends = s.tokenizer.convert_tokens_to_ids(said[2])
+    for fields in ({"max_new_tokens": 8, "eos_token_id": ends, "pad_token_id": 7}, {"max_new_tokens": 8}, {}):
+        config = GenerationConfig(**fields, **words_alone)
+        before, twin = config.to_dict(), s.fork()
+        answer = s.ask(words(3), **fields, **words_alone)
+        assert s.ask(words(3), generation_config=config) == answer
+        assert s.ask_many([words(3), words(2)], generation_config=config)[0] == answer
+        assert "".join(s.stream(words(3), generation_config=config)).strip() == answer
+        assert twin.chat(words(3), generation_config=config) == answer
+        assert config.to_dict() == before
+        if fields:
+            assert len(answer.split()) == (1 + said.index(said[2]) if "eos_token_id" in fields else 8)
+
+
+def test_a_generation_config_without_a_number_of_beams_has_the_model_s():
+    s = session()
+    s.read(words(3))
+    s.model.generation_config.num_beams = 2
+    config = GenerationConfig(**GREEDY)
+    assert s.ask(words(2), generation_config=config) == s.ask(words(2), **GREEDY)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1"):
+        s.ask(words(2), generation_config=GenerationConfig(num_beams=2, num_return_sequences=2, **GREEDY))
 
 
 def test_the_passes_of_a_question_are_those_of_all_its_sleeps(tmp_path):

@@ -36,7 +36,8 @@ def chat(
 ) -> None:
     """Talk with a model that sleeps. /help lists what else can be typed.
 
-    Ctrl-C ends an answer, Ctrl-D the chat. From a pipe, each line is a message; the exit code is 1 where one failed.
+    Ctrl-C ends an answer or a command, Ctrl-D the chat. From a pipe, each line is a message; the exit code is 1 where
+    one failed.
     """
     with errors_in_a_line():
         settings = session_settings(how["chat"], system)
@@ -89,6 +90,10 @@ class Chat:
                 self.take(line)
             except Over:
                 return 0
+            except KeyboardInterrupt:
+                if self.json:
+                    as_line(_record(line) | {"interrupted": True})
+                say("Interrupted.")
 
     def run(self, lines: Iterator[str]) -> int:
         """Take lines from a pipe. Returns how many of them failed."""
@@ -108,10 +113,9 @@ class Chat:
         """
         if not line.strip():
             return True
-        is_command = line.startswith("/") and not line.startswith("//")
-        record: dict[str, Any] = {"command" if is_command else "message": line}
+        record = _record(line)
         try:
-            record |= (self._obey if is_command else self._answer)(line)
+            record |= (self._obey if "command" in record else self._answer)(line)
         except TROUBLE as error:
             if self.json:
                 as_line(record | {"error": one_line(error)})
@@ -213,6 +217,12 @@ class Chat:
         if not name:
             raise ValueError(f"a file's name is missing: {example}")
         return Path(name).expanduser()
+
+
+def _record(line: str) -> dict[str, Any]:
+    """The beginning of a line of JSON: what was typed, and whether it is a command."""
+    is_command = line.startswith("/") and not line.startswith("//")
+    return {"command" if is_command else "message": line}
 
 
 @dataclass(frozen=True)
