@@ -37,6 +37,8 @@ class SleepLMConfig(PreTrainedConfig):
         sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
         base_model_name_or_path: folder or Hub id of the base, for cards, and to load an only-sleep checkpoint.
         base_fingerprint: digest of the base's weights, by which an only-sleep checkpoint knows its base again.
+        base_checksum: of every value of them, by which it is known that the base has not learned, and the new weights
+            may be saved alone; a checkpoint from before there was one has none.
         only_sleep: whether the checkpoint holds the new weights alone, and the base is loaded from
             `base_model_name_or_path`.
         use_cache: whether a forward that is not told returns a cache.
@@ -52,6 +54,7 @@ class SleepLMConfig(PreTrainedConfig):
     sleep: Any = None
     base_model_name_or_path: str | None = None
     base_fingerprint: str | None = None
+    base_checksum: str | None = None
     only_sleep: bool = False
     use_cache: bool = True
     probed: dict[str, Any] | None = None

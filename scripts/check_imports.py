@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "hf_sleep"
 # A module may import only from the groups before its own; members of one group do not see each other.
 ORDER = """version compat files packing dtypes registry checks labels | data placement generation | ops | memory
-    | layers | bases | engine | sleep | config | lm_config | hub cache | static_cache state turns | modeling
+    | layers | bases | engine | sleep | config | lm_config | hub cache weights | static_cache state turns | modeling
     | auto lora info suggest | held | idle report streaming store | steps | saved | session
     | batching training pipeline | eval | serve | cli"""
 ALLOWED: dict[str, set[str]] = {}

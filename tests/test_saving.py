@@ -30,6 +30,8 @@ from hf_sleep import (
 )
 from hf_sleep.engine import Between
 from hf_sleep.registry import BETWEEN
+from hf_sleep.state import fingerprint
+from hf_sleep.weights import checksum
 
 L = 6
 LOADERS = (SleepForCausalLM, AutoModelForSleepLM, AutoModelForCausalLM)
@@ -271,6 +273,51 @@ def test_new_weights_alone_are_refused_where_the_base_has_learned_too(bases, tmp
     with pytest.raises(ValueError, match="lose what the base learned"):
         model.save_pretrained(tmp_path / "after", only_sleep=True)
     assert not (tmp_path / "after").exists()
+
+
+@pytest.mark.parametrize("how", ["added", "swapped"])
+@pytest.mark.parametrize("again", [False, True])
+def test_new_weights_alone_are_refused_where_one_row_of_the_embedding_has_learned(how, again, bases, tmp_path):
+    """However few values it is: also of a whole checkpoint that was loaded in another dtype."""
+    model = retrofit(bases("llama"))
+    if again:
+        model.save_pretrained(tmp_path / "whole")
+        model = SleepForCausalLM.from_pretrained(tmp_path / "whole", dtype="bfloat16")
+    model.save_pretrained(tmp_path / "before", only_sleep=True)
+    digest, rows = fingerprint(model.lm), model.get_input_embeddings().weight
+    with torch.no_grad():
+        if how == "added":
+            rows[3, 1] += 0.01
+        else:
+            rows[[3, 5], 1:3] = rows[[5, 3], 1:3]
+    assert fingerprint(model.lm) == digest
+    with pytest.raises(ValueError, match="lose what the base learned"):
+        model.save_pretrained(tmp_path / "after", only_sleep=True)
+
+
+def test_new_weights_alone_are_saved_of_a_checkpoint_from_before_there_was_a_checksum(bases, tmp_path):
+    retrofit(bases("llama")).save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    config = json.loads(file.read_text())
+    assert len(config.pop("base_checksum")) == 64
+    file.write_text(json.dumps(config))
+    old = SleepForCausalLM.from_pretrained(tmp_path / "whole")
+    assert old.config.base_checksum is None
+    old.save_pretrained(tmp_path / "alone", only_sleep=True)
+    assert_same_weights(SleepForCausalLM.from_pretrained(tmp_path / "alone"), old)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2**20 + 3,)])
+def test_a_checksum_is_of_every_value_and_of_no_dtype(shape):
+    holder = torch.nn.Module()
+    holder.a = torch.nn.Parameter(torch.randn(shape).bfloat16())
+    found = {checksum(holder.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.double)}
+    assert len(found) == 1
+    for at in {0, holder.a.numel() - 1} if holder.a.numel() else ():
+        with torch.no_grad():
+            holder.a.view(-1)[at] += 0.5
+        found.add(checksum(holder))
+    assert len(found) == 1 + len({0, holder.a.numel() - 1} if holder.a.numel() else ())
 
 
 def test_new_weights_on_another_base_of_the_same_shape_warn(bases, tmp_path, monkeypatch):

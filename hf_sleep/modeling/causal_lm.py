@@ -25,6 +25,7 @@ from ..placement import check_whole, is_sharded, lengths_in_step
 from ..registry import BASES
 from ..sleep import Sleeper
 from ..state import fingerprint
+from ..weights import checksum
 from .advice import Advice, warn_if_emulated
 from .checkpoint import CheckpointMixin
 from .compiling import CompiledCall, sealed, uncompiled
@@ -102,6 +103,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             sleep=sleep or SleepConfig(),
             base_model_name_or_path=base.config._name_or_path or None,
             base_fingerprint=fingerprint(base),
+            base_checksum=checksum(base),
             dtype=base.dtype,
             use_cache=getattr(base.config, "use_cache", True),
             probed=probed,

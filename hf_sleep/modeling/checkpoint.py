@@ -30,6 +30,7 @@ from ..hub import (
 from ..lm_config import SleepLMConfig, check_keywords, check_model_type
 from ..placement import is_sharded
 from ..state import fingerprint
+from ..weights import checksum
 from .only_sleep import (
     BASE_KEYWORDS,
     HUB_KEYWORDS,
@@ -106,7 +107,8 @@ class CheckpointMixin(SleepPreTrainedModel):
                 "only_sleep=True needs to know where the base comes from, and this one was built in memory: set "
                 "config.base_model_name_or_path, or save everything"
             )
-        if self.config.base_fingerprint != fingerprint(self.lm):
+        found = (None if self.config.base_checksum is None else checksum(self.lm)), fingerprint(self.lm)
+        if found != (self.config.base_checksum, self.config.base_fingerprint):
             raise ValueError(
                 "only_sleep=True would lose what the base learned: its weights are no longer those it was loaded with. "
                 "Save everything"
@@ -318,7 +320,7 @@ def _give_config(model: Any, config: SleepLMConfig, name: Any) -> None:
             "weights were made with (another revision or quantisation?): what they remember may not fit it."
         )
     attention, experts = made._attn_implementation, made._experts_implementation
-    for field in ("text_config", "dtype", "base_fingerprint", "only_sleep"):
+    for field in ("text_config", "dtype", "base_fingerprint", "base_checksum", "only_sleep"):
         setattr(config, field, getattr(made, field))
     config._attn_implementation, config._experts_implementation = attention, experts
     model.config = config
