@@ -109,10 +109,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             probed=probed,
         )
         config._attn_implementation, config._experts_implementation = attention, experts
-        state = torch.get_rng_state()
-        with torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what new modules draw is drawn again below
             model = cls(config, lm=base)
-        torch.set_rng_state(state)  # what the new modules drew is drawn again below
         draw_blocks(model, base)
         for module in base.modules():
             # What was put into it after it was loaded, as an adapter is, would be drawn again below.
