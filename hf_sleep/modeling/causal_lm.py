@@ -92,10 +92,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             ValueError: a family that needs an adapter, or settings that do not fit the base.
         """
         decoder_for(base)
-        if base.config.model_type in BASES:
-            probed = None
-        elif probed is None:
-            probed = probe(base).to_dict()
+        probed = None if base.config.model_type in BASES else probed or probe(base).to_dict()
         # A new config resets what its sub-configs were loaded with.
         attention, experts = base.config._attn_implementation, base.config._experts_implementation
         config = SleepLMConfig(
@@ -109,8 +106,10 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             probed=probed,
         )
         config._attn_implementation, config._experts_implementation = attention, experts
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what new modules draw is drawn again below
+        state = torch.get_rng_state()
+        with torch.device("cpu"):
             model = cls(config, lm=base)
+        torch.set_rng_state(state)  # what the new modules drew is drawn again below
         draw_blocks(model, base)
         for module in base.modules():
             # What was put into it after it was loaded, as an adapter is, would be drawn again below.
