@@ -298,9 +298,9 @@ def test_new_weights_alone_are_refused_where_one_row_of_the_embedding_has_learne
 def test_new_weights_alone_are_saved_of_a_checkpoint_from_before_there_was_a_checksum(bases, tmp_path):
     retrofit(bases("llama")).save_pretrained(tmp_path / "whole")
     file = tmp_path / "whole" / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     assert len(config.pop("base_checksum")) == 64
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config), encoding="utf-8")
     old = SleepForCausalLM.from_pretrained(tmp_path / "whole")
     assert old.config.base_checksum is None
     old.save_pretrained(tmp_path / "alone", only_sleep=True)
