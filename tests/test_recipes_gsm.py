@@ -295,7 +295,9 @@ def test_the_presets_are_the_papers(recipe, tokenizer, monkeypatch):
     recipe("shared.finetuning").load(parse(["--whole-model", "--block-half-lives", "0.5", "8"]))
     assert SleepConfig(**seen).block_half_lives == (0.5, 8.0)
     for preset in ("small", "smollm2", "smollm2-sliding"):
-        assert parse(["--preset", preset]).block_half_lives is None
+        options = parse(["--preset", preset])
+        assert options.block_half_lives is None
+        assert options.between == ("none" if options.whole_model else None)  # a gate is in the way of what is trained
     assert parse(["--preset", "paper-ouro", "--steps", "7", "--no-bf16"]).steps == 7
     assert not parse(["--preset", "paper-ouro", "--no-bf16"]).bf16
     assert parse([]).model == ".demo/SmolLM2-135M-Instruct"
