@@ -14,7 +14,6 @@ from .engine import SleepEvent, in_this_thread
 from .held import Held, pass_key
 from .lora import without_wrapper
 from .memory import Memory
-from .placement import compute_device
 from .session import SleepSession
 from .steps import MAX_NEW_TOKENS, Sleeps
 
@@ -96,11 +95,6 @@ class SessionBatch:
         self.turns: list[Turn] = []
         self._cache = SleepCache()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model takes ids, also when its weights are kept elsewhere."""
-        return compute_device(self.model.get_input_embeddings())
-
     def submit(
         self, session: SleepSession, question: str, *, remember: bool = False, **generation: Any
     ) -> "Future[str]":
@@ -119,11 +113,11 @@ class SessionBatch:
             raise ValueError("the session has another model than this batch")
         seed = generation.pop("seed", None)
         config = self._config(generation, session.steps.stops)
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
         begun, held, prompt = session.begin(question, {"max_new_tokens": config.max_new_tokens})
         turn = Turn(session, begun, held, prompt, config, remember, generator=generator)
         try:
-            turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.device))
+            turn.processors = self.model._get_logits_processor(config, len(prompt), device=str(self.model.device))
         except BaseException:
             session.end()
             raise
@@ -162,7 +156,7 @@ class SessionBatch:
         """One token more in each row."""
         began = time.perf_counter()
         self._sleep_where_full()
-        said = torch.tensor([turn.said[-1:] for turn in self.turns], device=self.device)
+        said = torch.tensor([turn.said[-1:] for turn in self.turns], device=self.model.device)
         logits = self.model(said, cache=self._cache).logits[:, -1]
         seconds = (time.perf_counter() - began) / len(self.turns)
         for turn, row in zip(self.turns, logits, strict=True):
@@ -181,14 +175,14 @@ class SessionBatch:
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
             raise ValueError("the model's generation_config has several beams or sequences: use ask")
         config.max_new_tokens = MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-        self.model._prepare_special_tokens(config, device=self.device)
+        self.model._prepare_special_tokens(config, device=self.model.device)
         return config
 
     def _join(self, turn: Turn) -> None:
         """Read a question alone, and take its row in."""
         steps, began = turn.session.steps, time.perf_counter()
         cache = steps.cache(turn.held.memory)
-        ids = torch.tensor([turn.prompt], device=self.device)
+        ids = torch.tensor([turn.prompt], device=self.model.device)
 
         def note(event: SleepEvent) -> None:
             turn.slept.add(event)

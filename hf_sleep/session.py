@@ -157,7 +157,7 @@ class SleepSession(Saved):
         Raises:
             ValueError: a question that cannot be read, or that has no room beside a private text.
         """
-        steps = self.steps.with_passes(generation.pop("sleep_passes", None))
+        steps = self.steps.for_turn(generation)
         with self._step() if remember else self._still():
             prompt = steps.turns.asking(self._held.speaking, question)
             before = self._before_turn(steps, prompt, generation)
@@ -195,7 +195,7 @@ class SleepSession(Saved):
         if "stopping_criteria" in generation and not self.steps.stops:
             # generate keeps rows of a batch apart that have ended only where some token ends one.
             return [self.ask(question, **generation) for question in questions]
-        steps = self.steps.with_passes(generation.pop("sleep_passes", None))
+        steps = self.steps.for_turn(generation)
         with self._still():
             prompts = [steps.turns.asking(self._held.speaking, question) for question in questions]
             groups: dict[int, tuple[Held, list[int]]] = {}

@@ -22,7 +22,7 @@ from .cache import SleepCache, unwrapped
 from .config import SleepConfig
 from .files import write_file
 from .memory import KV, Counters, FastWeights, Memory
-from .placement import compute_device, loaded
+from .placement import loaded
 from .version import __version__
 
 FIRST_FORMAT = "hf_sleep.state.v1"
@@ -243,7 +243,7 @@ class SleepState:
     def _check_fits(self, model: Any, config: SleepConfig) -> None:
         """Check that the tensors are such as `model` carries, from what it carries after one token."""
         with torch.no_grad():
-            ids = torch.zeros(1, 1, dtype=torch.long, device=compute_device(model.get_input_embeddings()))
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             like = dict(_named(model(ids, use_cache=True).cache.memory))
         fast_slots, size, held = model.fast_slots(), config.window_size, max(row.kv_length for row in self.rows)
         kv = {name for name in like if name.startswith("layers.") and int(name.split(".")[1]) not in fast_slots}

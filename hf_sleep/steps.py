@@ -15,7 +15,6 @@ from .engine import PassPolicy, SleepEvent, in_this_thread, pass_policy, policy_
 from .held import Held, Slept, pass_key
 from .lora import without_wrapper
 from .memory import Memory
-from .placement import compute_device
 from .store import SleepStore
 from .turns import MODEL, READER, Turns
 
@@ -56,11 +55,6 @@ class Steps:
         """L."""
         return int(self.model.config.sleep.window_size)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model takes ids, also when its weights are kept elsewhere."""
-        return compute_device(self.model.get_input_embeddings())
-
     def room(self, held: Held) -> int:
         """Tokens that the current window has room for."""
         return self.window_size - held.row.fill
@@ -68,6 +62,12 @@ class Steps:
     def with_passes(self, passes: Passes) -> "Steps":
         """The same with another N, unless it is `None`."""
         return self if passes is None else replace(self, passes=passes)
+
+    def for_turn(self, generation: dict[str, Any]) -> "Steps":
+        """The same with the N that the keywords for `generate` ask for, which is taken out, or their config."""
+        of_config = getattr(generation.get("generation_config"), "sleep_passes", None)
+        given = generation.pop("sleep_passes", None)
+        return self.with_passes(of_config if given is None else given)
 
     # Reading.
 
@@ -215,6 +215,7 @@ class Steps:
             return settings, settings["eos_token_id"]
         # Beside a config, generate warns of keywords that belong into it.
         config = copy.deepcopy(config)
+        vars(config).pop("sleep_passes", None)  # `for_turn` has read it
         for name, value in own.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
@@ -266,7 +267,7 @@ class Steps:
     def _tensors(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as ids, padded on the left, and their mask."""
         width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=self.model.device)
         mask = torch.ones_like(ids)
         for row, prompt in zip(mask, prompts, strict=True):
             row[: width - len(prompt)] = 0

@@ -137,6 +137,7 @@ def test_weights_that_come_when_their_module_is_called_are_waited_for(offload, f
         OFFLOADS[offload](model, tmp_path)
         assert next(model.parameters()).is_meta
         assert torch.equal(model(ids).logits, expected)
+    assert model.device == CPU
     assert model.slot_devices() == [CPU] * len(model.slot_devices())
     assert fingerprint(model) == digest
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import FAMILIES, exact, make_base, make_config, make_model, sleep_config, tokens
 from helpers import EVICTIONS, word_tokenizer, words
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepForCausalLM
@@ -19,6 +21,7 @@ from hf_sleep.eval import Forgetting, PositionLosses, answers, forgetting, judge
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
 from hf_sleep.eval.report import forgetting_table, position_table
 from hf_sleep.eval.suite import run_test
+from hf_sleep.training import GenerationEvaluation
 
 L, T = 6, 21
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -256,6 +259,27 @@ def test_every_control_is_measured(asked):
     assert {score["n"] for score in scores} == {24}
     assert measure(model, task, rows, (2,), 12, ()) == scores[1:2]
     assert model.config.sleep.window_size == L
+
+
+@pytest.mark.parametrize(
+    "as_users_hold_it",
+    [
+        lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)),
+        lambda model: cpu_offload(model, torch.device("cpu")),
+    ],
+    ids=["a PeftModel", "weights kept elsewhere"],
+)
+def test_answers_are_the_same_however_the_model_is_held(asked, as_users_hold_it):
+    _, task, rows = asked
+    plain, model = (make_model("llama", settings("llama"), torch.double).eval() for _ in range(2))
+    for each in (plain, model):
+        each.generation_config.eos_token_id = 9
+    model.generation_config.repetition_penalty = 9.0  # a greedy answer has none
+    held = as_users_hold_it(model).eval()
+    assert measure(held, task, rows, (1, 2), 4) == measure(plain, task, rows, (1, 2), 4)
+    prompt = [(1, {"input_ids": rows[0]["input_ids"][:T]}, [0] * 5)]
+    assert GenerationEvaluation._generate(held, prompt, 2) == GenerationEvaluation._generate(plain, prompt, 2)
+    assert model.generation_config.repetition_penalty == 9.0
 
 
 def test_the_same_bytes_are_spent_on_the_latest_tokens(asked, monkeypatch):

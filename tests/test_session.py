@@ -489,12 +489,21 @@ def test_a_generation_config_without_a_number_of_beams_has_the_model_s():
         s.ask(words(2), generation_config=GenerationConfig(num_beams=2, num_return_sequences=2, **GREEDY))
 
 
-def test_the_passes_of_a_question_are_those_of_all_its_sleeps(tmp_path):
+def test_the_passes_of_a_question_are_those_of_all_its_sleeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", pytest.fail)
     settings = {"store": SleepStore(tmp_path), "sleep_before_turns": "never"}
     s = session(dtype=torch.float32, settings=settings)
     s.read(words(8))
     s.chat(words(2), sleep_passes=4, do_sample=False, max_new_tokens=2 * L)
     assert set(s.report().sleep_passes) == {4}
+    fields = {"do_sample": False, "max_new_tokens": 2 * L}
+    twin = s.fork()
+    for passes, how in ((3, {}), (5, {"sleep_passes": 5})):
+        before = len(twin.report().sleep_passes)
+        twin.chat(words(2), generation_config=GenerationConfig(sleep_passes=3, **fields), **how)
+        twin.sleep()
+        assert set(twin.report().sleep_passes[before:-1]) == {passes}, "a config says it as a keyword does"
+        assert twin.report().sleep_passes[-1] == s.model.config.sleep.sleep_passes
     files = set(tmp_path.rglob("*.sleep"))
     s.ask(words(2), do_sample=False, max_new_tokens=2 * L)
     assert set(tmp_path.rglob("*.sleep")) == files, "a question that is not kept is not stored"

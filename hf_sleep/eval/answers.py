@@ -8,7 +8,6 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from ..data import LongText, Task
 from ..data.task import Row
@@ -18,6 +17,7 @@ from ..labels import IGNORED
 from ..memory import Memory
 from ..modeling import SleepForCausalLM
 from ..training import SleepCollator
+from ..training.evaluation import greedy_config
 
 COLUMNS = ("input_ids", "attention_mask", "sleep_after")
 CONTROLS = ("last_window", "full", "same_bytes")
@@ -104,12 +104,8 @@ def greedy(model: SleepForCausalLM, batch: dict[str, torch.Tensor], new_tokens: 
 
     What the base's own generation config asks for, a penalty on repetition for one, is not greedy, and is left out.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
-    try:
+    with greedy_config(model):
         return model.generate(**batch, max_new_tokens=new_tokens, do_sample=False)
-    finally:
-        model.generation_config = own
 
 
 def measure(

@@ -22,6 +22,11 @@ class SleepPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes and takes ids, also when accelerate keeps its weights elsewhere."""
+        return compute_device(self)
+
     def make_blocks(self) -> nn.ModuleDict:
         """Make the config's blocks, by the decoder layer that they follow. Their weights are anything."""
         sleep, text = self.config.sleep, self.config.text_config
