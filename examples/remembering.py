@@ -3,7 +3,7 @@
 .venv/bin/python examples/remembering.py          # part of `make demo`; two minutes on a CPU
 .venv/bin/python examples/remembering.py --model runs/remember/model --windows 16
 
-First the loss on this project's documentation, which it was not taught on, by the way of reading
+First the loss on this project's documentation, which it did not see, by the way of reading
 (docs/evaluation.md#loss-by-position).
 
 Then facts. Each of five texts has eight about people, among sentences of no consequence. The text is read and slept on,

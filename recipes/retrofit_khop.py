@@ -173,10 +173,12 @@ def pretrain(options: Arguments) -> None:
         tasks = [KHopText(min(nodes, options.num_names), hops, num_names=options.num_names) for nodes, hops in stages]
         curve += learn(model, tasks, steps, BASE_RATES[phase], phase)
     model.save_pretrained(options.base)
+    later = slept_on(options)
     scores = {
         "full attention": accuracy(model, task, options.test_rows),
-        "full attention, what is slept on": accuracy(model, slept_on(options), options.test_rows),
+        "full attention, what is slept on": accuracy(model, later, options.test_rows),
         "questions alone": accuracy(model, task, options.test_rows, task.window_size),
+        "questions alone, of what is slept on": accuracy(model, later, options.test_rows, later.window_size),
         "parameters": model.num_parameters(),
         "curve": curve,
     }
