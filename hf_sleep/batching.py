@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cache import SleepCache
-from .engine import SleepEvent, in_this_thread
+from .engine import SleepEvent, of_cache
 from .held import Held, pass_key
 from .lora import without_wrapper
 from .memory import Memory
@@ -188,7 +188,7 @@ class SessionBatch:
             turn.slept.add(event)
 
         try:
-            with self.model.on_sleep(in_this_thread(note)):
+            with self.model.on_sleep(of_cache(cache, note)):
                 logits = self.model(ids, cache=cache, logits_to_keep=1, sleep_passes=steps.passes).logits
             turn.choose(logits[0, -1])
         except BaseException as error:
@@ -216,7 +216,7 @@ class SessionBatch:
             def note(event: SleepEvent, turns: list[Turn] = turns) -> None:
                 turns[event.row].slept.add(event)
 
-            with self.model.on_sleep(in_this_thread(note)):
+            with self.model.on_sleep(of_cache(part, note)):
                 self.model.sleep(part, turns[0].session.steps.passes)
             self._cache.hold(self.model, self._cache.memory.merge(rows, part.memory))
 

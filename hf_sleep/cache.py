@@ -29,6 +29,7 @@ class SleepCache(Cache):
         self._memory = Memory()
         self._owner: weakref.ref | None = None
         self._read_with: Any = None
+        self._dtype: torch.dtype | None = None
 
     @property
     def memory(self) -> Memory:
@@ -46,7 +47,8 @@ class SleepCache(Cache):
 
     def hold(self, owner: Any, memory: Memory) -> None:
         """Take what `owner` has read."""
-        self.memory, self._owner, self._read_with = memory, weakref.ref(owner), owner.config.sleep
+        self.memory, self._owner = memory, weakref.ref(owner)
+        self._read_with, self._dtype = owner.config.sleep, owner.dtype
 
     def belongs_to(self, model: Any) -> bool:
         """Tell whether `model`, or what a `PeftModel` wraps, wrote this cache."""
@@ -56,8 +58,13 @@ class SleepCache(Cache):
         """Check that `model`, whose cache this is, still sleeps such that it can continue from here.
 
         Raises:
-            ValueError: other looped layers or sink tokens than what was read, or a window that is full already.
+            ValueError: another dtype, looped layers or sinks than what was read, or a window that is full already.
         """
+        if model.dtype != self._dtype:
+            raise ValueError(
+                f"the cache was read by a model in {self._dtype}, which is in {model.dtype} now: move it back with "
+                f"model.to({self._dtype}), or start with an empty SleepCache"
+            )
         before, now = self._read_with, model.config.sleep
         if now is before:
             return
@@ -77,7 +84,8 @@ class SleepCache(Cache):
     def fork(self) -> "SleepCache":
         """A second cache with the same content; tensors are shared, since none is ever written in place."""
         twin = type(self)()
-        twin.memory, twin._owner, twin._read_with = self.memory, self._owner, self._read_with
+        twin.memory, twin._owner = self.memory, self._owner
+        twin._read_with, twin._dtype = self._read_with, self._dtype
         return twin
 
     @classmethod
@@ -96,7 +104,8 @@ class SleepCache(Cache):
                 f"{len(caches)} given are empty. Call the model with each first"
             )
         first = caches[0]
-        if any(cache._owner != first._owner or cache._read_with != first._read_with for cache in caches):
+        made = [(cache._owner, cache._read_with, cache._dtype) for cache in caches]
+        if any(each != made[0] for each in made):
             raise ValueError("the caches were written by several models, or with other settings: join those of one")
         joined = first.fork()
         joined.memory = Memory.cat([cache.memory for cache in caches])

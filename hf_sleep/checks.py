@@ -8,6 +8,14 @@ def is_whole(width: float) -> bool:
     return math.isfinite(width) and round(width) >= 1 and abs(width - round(width)) < 1e-6 * width
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it an answer is greedy, as at 0: logits over less are no finite numbers."""
+
+
+class NewerFormatError(ValueError):
+    """A file that a newer hf_sleep wrote."""
+
+
 def reject(field: str, value: object, what_works: str) -> ValueError:
     """Make the error of a setting that cannot work, to be raised.
 

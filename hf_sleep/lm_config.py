@@ -36,6 +36,8 @@ class SleepLMConfig(PreTrainedConfig):
         text_config: the base decoder's config, or its dictionary.
         sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
         base_model_name_or_path: folder or Hub id of the base, for cards, and to load an only-sleep checkpoint.
+        base_source: keywords that find the base there, where it is not at the root of the main branch: `revision`,
+            `subfolder`.
         base_fingerprint: digest of the base's weights, by which an only-sleep checkpoint knows its base again.
         base_checksum: of every value of them, by which it is known that the base has not learned, and the new weights
             may be saved alone; a checkpoint from before there was one has none.
@@ -53,6 +55,7 @@ class SleepLMConfig(PreTrainedConfig):
     text_config: Any = None
     sleep: Any = None
     base_model_name_or_path: str | None = None
+    base_source: dict[str, str] | None = None
     base_fingerprint: str | None = None
     base_checksum: str | None = None
     only_sleep: bool = False
@@ -140,7 +143,7 @@ class SleepLMConfig(PreTrainedConfig):
         """Make the dictionary that is written to config.json, with `sleep` as plain values."""
         output = super().to_dict()
         output["sleep"] = self.sleep.to_dict()
-        for name in ("probed", "base_module"):
+        for name in ("probed", "base_module", "base_source"):
             if output[name] is None:
                 del output[name]
         return output

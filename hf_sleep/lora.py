@@ -49,9 +49,15 @@ def without_wrapper(model: Any) -> SleepForCausalLM:
             f"model is a {type(sleeping).__name__}, which does not sleep: load it with "
             "AutoModelForSleepLM.from_pretrained, or retrofit it with SleepForCausalLM.from_base"
         )
-    if sleeping is not model and model.active_peft_config.is_prompt_learning:
-        raise TypeError(
-            f"model has a {type(model.active_peft_config).__name__}, whose prompt is not in the model's layers: use "
-            "LoRA, as sleep_lora_config sets it"
-        )
+    refuse_prompts(model)
     return sleeping
+
+
+def refuse_prompts(model: Any) -> None:
+    """Raise `TypeError` for a `PeftModel` that learns a prompt, which it would read before every window and token."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
+    if config is not None and config.is_prompt_learning:
+        raise TypeError(
+            f"model has a {type(config).__name__}, whose prompt is not in the model's layers: use LoRA, as "
+            "sleep_lora_config sets it"
+        )

@@ -192,7 +192,7 @@ class SleepSession(Saved):
 
         Where there has to be a sleep before them, it is one for all.
         """
-        if "stopping_criteria" in generation and not self.steps.stops:
+        if self.steps.ends_without_a_token(generation):
             # generate keeps rows of a batch apart that have ended only where some token ends one.
             return [self.ask(question, **generation) for question in questions]
         steps = self.steps.for_turn(generation)
@@ -307,6 +307,15 @@ class SleepSession(Saved):
             held = [part for part in (self._held, self._before, *(self._rested or ())[:2]) if part is not None]
             self._held, self._before, self._rested = Held(), None, None
             erase([memory for part in held for memory in part.memories()], self.model)
+
+    def __copy__(self) -> Self:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        raise TypeError("a session shares its model: fork() continues it alone, and save(path) keeps it")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a session belongs to a live model and cannot be pickled: save(path), and load it elsewhere")
 
     def fork(self) -> Self:
         """A second session that holds the same and continues alone. It costs nothing: tensors are shared."""

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .cache import SleepCache, unwrapped
+from .checks import NewerFormatError
 from .config import SleepConfig
 from .files import write_file
 from .memory import KV, Counters, FastWeights, Memory
@@ -302,7 +303,7 @@ def _read(path: str, file: BinaryIO) -> tuple[dict[str, Any], dict[str, torch.Te
                 f"{path} is damaged: its bytes are not those that were saved (SHA-256). Get it again, or save it again"
             )
     if found not in FORMATS:
-        raise ValueError(
+        raise NewerFormatError(
             f"{path} has the format {found!r} of hf_sleep {metadata.get('version')}, which hf_sleep {__version__} "
             "cannot read: upgrade hf_sleep"
         )

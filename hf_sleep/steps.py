@@ -11,7 +11,7 @@ import torch
 
 from .cache import SleepCache
 from .compat import CACHE
-from .engine import PassPolicy, SleepEvent, in_this_thread, pass_policy, policy_fields
+from .engine import PassPolicy, SleepEvent, of_cache, pass_policy, policy_fields
 from .held import Held, Slept, pass_key
 from .lora import without_wrapper
 from .memory import Memory
@@ -105,7 +105,7 @@ class Steps:
         ends = torch.zeros_like(tokens)
         ends[:, -1] = then_sleep
         nothing = torch.empty(0, dtype=torch.long)
-        with self._watched() as slept, torch.no_grad():
+        with self._watched(cache) as slept, torch.no_grad():
             self.model(tokens, cache=cache, logits_to_keep=nothing, sleep_after=ends, sleep_passes=self.passes)
         return self._advanced(held, ids, cache.memory, slept)
 
@@ -115,7 +115,7 @@ class Steps:
         if not held.row.fill:
             return held
         cache = self.cache(held.memory)
-        with self._watched() as slept, torch.no_grad():
+        with self._watched(cache) as slept, torch.no_grad():
             self.model.sleep(cache, self.passes if policy is None else policy)
         return self._advanced(held, [], cache.memory, slept)
 
@@ -200,7 +200,7 @@ class Steps:
         rows = held.memory.select([0] * len(prompts) * beams) if held.memory.counters else held.memory
         cache, (ids, mask) = self.cache(rows.without_columns()), self._tensors(prompts)
         settings, given = self._settings(generation)
-        with self._watched() as slept:
+        with self._watched(cache) as slept:
             output = self.model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
         sequences = getattr(output, "sequences", output)
         stops = {given} if isinstance(given, int) else set(given or ())
@@ -229,6 +229,11 @@ class Steps:
         given = getattr(generation.get("generation_config"), name, None)
         return getattr(self.model.generation_config, name) if given is None else given
 
+    def ends_without_a_token(self, generation: dict[str, Any]) -> bool:
+        """Whether something other than a token ends an answer, and no token does."""
+        others = "stopping_criteria" in generation or self._asked_of("stop_strings", generation)
+        return bool(others) and not self._settings(generation)[1]
+
     @property
     def _has_named_passes(self) -> bool:
         """Whether the policy has a name and fields, by which a store can tell it from others."""
@@ -252,6 +257,12 @@ class Steps:
         return int(pad)
 
     def _max_new_tokens(self, generation: dict[str, Any]) -> int:
+        config = generation.get("generation_config")
+        for length in (generation.get("max_length"), getattr(config, "max_length", None)):
+            if length is not None:
+                raise ValueError(
+                    f"max_length={length}: it would count what the session has read. Pass max_new_tokens, of the answer"
+                )
         given = self._asked_of("max_new_tokens", generation)
         return MAX_NEW_TOKENS if given is None else int(given)
 
@@ -274,15 +285,15 @@ class Steps:
         return ids, mask
 
     @contextmanager
-    def _watched(self) -> Iterator[Sleeps]:
-        """Collect the sleeps of the first row of a call."""
+    def _watched(self, cache: SleepCache) -> Iterator[Sleeps]:
+        """Collect the sleeps of the first row of `cache`."""
         slept, began = Sleeps(), time.perf_counter()
 
         def note(event: SleepEvent) -> None:
             if event.row == 0:
                 slept.add(event)
 
-        with self.model.on_sleep(in_this_thread(note)):
+        with self.model.on_sleep(of_cache(cache, note)):
             yield slept
         slept.seconds = time.perf_counter() - began
 

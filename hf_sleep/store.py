@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import replace
@@ -13,13 +14,16 @@ from fsspec.implementations.local import LocalFileSystem
 from transformers.utils import logging
 
 from .cache import SleepCache
+from .checks import NewerFormatError
 from .files import modified
 from .held import Held, chained, chained_sleep
 from .state import SleepState, fingerprint
 
 logger = logging.get_logger(__name__)
 
-SUFFIX = ".sleep"
+SUFFIX, PART = ".sleep", ".part"
+PART_SECONDS = 3600.0
+"""After which a file that is still half-written is of a process that was killed."""
 
 
 class SleepStore:
@@ -80,15 +84,15 @@ class SleepStore:
         if self.files.exists(path):
             return self._touch(path)
         state = replace(SleepState.from_cache(model, cache), about={"passes": list(held.passes)})
-        self.files.makedirs(folder, exist_ok=True)
-        beside = f"{folder}/.{uuid.uuid4().hex}.part"
+        beside = f"{folder}/.{uuid.uuid4().hex}{PART}"
         try:
+            self.files.makedirs(folder, exist_ok=True)
             self.files.pipe_file(beside, state.to_bytes())
             self.files.mv(beside, path)
         except (OSError, ValueError) as error:  # of a full disk, or of values that are not finite
             logger.warning("A state could not be kept in the store: %s", error)
         finally:
-            self._delete(beside)
+            self._discard(beside)
         self._shrink()
 
     def num_bytes(self) -> int:
@@ -96,7 +100,11 @@ class SleepStore:
         return sum(size for _, size, _ in self._states())
 
     def clear(self) -> None:
-        """Delete every state."""
+        """Delete every state.
+
+        Raises:
+            OSError: one that may not be deleted.
+        """
         for path, _, _ in self._states():
             self._delete(path)
 
@@ -119,9 +127,12 @@ class SleepStore:
             passes = tuple(int(n) for n in (state.about or {})["passes"])
             if [(row.seen, row.fill) for row in state.rows] != [(seen, 0)] or min(passes, default=1) < 1:
                 raise ValueError(f"{path} is not what a sleep after {seen} tokens left")
+        except NewerFormatError as error:
+            logger.warning("A state in the store is left out: %s", error)
+            return None
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("A state in the store is left out and deleted: %s", error)
-            self._delete(path)
+            self._discard(path)
             return None
         self._touch(path)
         return memory, passes
@@ -129,15 +140,18 @@ class SleepStore:
     def _touch(self, path: str) -> None:
         """Note that a state was used, where files say when they were."""
         if isinstance(self.files, LocalFileSystem):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # it is gone, or somebody else's
                 os.utime(path)
 
     def _states(self) -> list[tuple[str, int, float]]:
-        """Path, bytes and time of last use of every state."""
+        """Path, bytes and time of last use of every state; what a killed process left half-written goes."""
         self.files.invalidate_cache()
         found = self.files.find(self.root, detail=True)
-        states = [(path, info["size"] or 0, modified(info)) for path, info in found.items() if path.endswith(SUFFIX)]
-        return sorted(states, key=lambda state: state[2])
+        files = [(path, info["size"] or 0, modified(info)) for path, info in found.items()]
+        for path, _, when in files:
+            if path.endswith(PART) and 0 < when < time.time() - PART_SECONDS:
+                self._discard(path)
+        return sorted((file for file in files if file[0].endswith(SUFFIX)), key=lambda state: state[2])
 
     def _shrink(self) -> None:
         if self.max_bytes is None:
@@ -147,12 +161,18 @@ class SleepStore:
         for path, freed, _ in states:
             if size <= self.max_bytes:
                 return
-            self._delete(path)
+            self._discard(path)
             size -= freed
 
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self.files.rm_file(path)
+
+    def _discard(self, path: str) -> None:
+        try:
+            self._delete(path)
+        except OSError as error:  # it is somebody else's
+            logger.warning("A file of the store could not be deleted: %s", error)
 
 
 def model_key(model: Any) -> str:

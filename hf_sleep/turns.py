@@ -101,10 +101,15 @@ class Turns:
         """Ids of a text, as it stands.
 
         Raises:
-            ValueError: what is no string.
+            ValueError: what is no string, or no text.
         """
         if not isinstance(text, str):
             raise ValueError(f"a piece is of type {type(text).__name__}: it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"at {error.start} is {text[error.start]!r}"
+            raise ValueError(f"the text is no Unicode: {where}, as bytes that are not UTF-8 are read") from error
         # Without a warning of texts beyond the base's positions: they are read in windows.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
@@ -144,6 +149,8 @@ class Turns:
             ValueError: what is no text, or an id of no token.
         """
         if isinstance(text, torch.Tensor):
+            if text.numel() != text.shape[-1:].numel():
+                raise ValueError(f"text has shape {tuple(text.shape)}: ids must be [T] or [1, T], one text at a time")
             text = text.flatten().tolist()
         elif isinstance(text, os.PathLike):
             text = Path(text).read_text(encoding="utf-8")

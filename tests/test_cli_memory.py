@@ -20,6 +20,7 @@ from hf_sleep.cli import app
 from hf_sleep.cli import chat as chat_module
 from hf_sleep.cli import show as show_module
 from hf_sleep.cli.app import errors_in_a_line
+from hf_sleep.cli.options import generation
 from hf_sleep.cli.state import described, same_tensors
 from hf_sleep.steps import Steps
 
@@ -659,3 +660,17 @@ for command in sys.argv[1:]:
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
     assert run_in_a_new_process(code, *commands).endswith("\n[]\n")
+
+
+def test_a_byte_that_is_no_utf8_is_an_error_in_a_line(checkpoint: str) -> None:
+    """As Python gives it in arguments, and in a pipe where the locale is C."""
+    result = run("generate", checkpoint, "w1 \udcff", "--max-new-tokens", "2")
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: the text is no Unicode: at 3 is")
+
+
+def test_a_temperature_too_small_to_divide_by_is_that_of_a_greedy_answer() -> None:
+    asked = {"seed": None, "max_new_tokens": 3}
+    assert generation(asked | {"temperature": 1e-45}) == generation(asked | {"temperature": 0.0})
+    assert generation(asked | {"temperature": 1e-5})["do_sample"]

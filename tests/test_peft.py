@@ -7,15 +7,23 @@ import pytest
 import torch
 import transformers.integrations.peft
 from families import FAMILIES, make_base, make_model, randomize, sleep_config, tokens
-from helpers import assert_close, assert_same_weights, word_tokenizer, words
+from helpers import QUIET, assert_close, assert_same_weights, word_tokenizer, words
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, SleepSession, SleepState, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
 from hf_sleep.state import fingerprint
+from hf_sleep.training import GenerationEvaluation, SleepMonitor, SleepTrainer, SleepTrainingArguments
 
 L = 6
 IDS = tokens(3 * L + 2)[None]
@@ -516,3 +524,14 @@ def test_a_base_that_carries_an_adapter_is_wrapped_as_it_is():
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
     ids = tokens(L)[None]
     assert torch.equal(wrapped(ids).logits, model.lm(ids).logits)
+
+
+def test_a_learnt_prompt_is_refused(tmp_path):
+    """It would be read before every window, and its columns shift every label."""
+    model = get_peft_model(fresh(trained=True), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(TypeError, match="model has a PromptTuningConfig, whose prompt is not in the model's layers"):
+        SleepTrainer(model, SleepTrainingArguments(tmp_path, **QUIET))
+    trainer = Trainer(model, TrainingArguments(tmp_path, **QUIET))
+    for callback in (SleepMonitor, lambda trainer: GenerationEvaluation(trainer, [], (1,))):
+        with pytest.raises(TypeError, match="PromptTuningConfig"):
+            callback(trainer)

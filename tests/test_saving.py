@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import make_base, make_model, randomize, sleep_config, tokens
-from helpers import assert_close, assert_same_weights, stored
+from helpers import QUIET, assert_close, assert_same_weights, stored
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,6 +31,7 @@ from hf_sleep import (
 from hf_sleep.engine import Between
 from hf_sleep.registry import BETWEEN
 from hf_sleep.state import fingerprint
+from hf_sleep.training import SleepTrainer, SleepTrainingArguments, freeze_all_but_fast_weights
 from hf_sleep.weights import checksum
 
 L = 6
@@ -344,6 +345,45 @@ def test_a_quantised_base_is_not_written(bases, tmp_path):
     assert torch.equal(SleepForCausalLM.from_pretrained(tmp_path / "new")(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("first", ["whole", "sharded", "new weights"])
+@pytest.mark.parametrize("second", ["whole", "sharded", "new weights"])
+@pytest.mark.parametrize("variant", [None, "fp8"])
+def test_what_was_saved_last_is_loaded(first, second, variant, bases, tmp_path):
+    ways = {"whole": {}, "sharded": {"max_shard_size": "20KB"}, "new weights": {"only_sleep": True}}
+    (tmp_path / "model.bf16.safetensors").write_bytes(b"of another variant")
+    for seed, way in enumerate((first, second)):
+        model = retrofit(bases("llama"))
+        randomize(model.fast_weights, 10 + seed)
+        model.save_pretrained(tmp_path, variant=variant, **ways[way])
+    again, report = SleepForCausalLM.from_pretrained(tmp_path, variant=variant, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert_same_weights(again, model)
+    assert (tmp_path / "model.bf16.safetensors").read_bytes() == b"of another variant"
+
+
+def test_new_weights_alone_know_where_in_a_folder_their_base_is(bases, tmp_path):
+    shutil.copytree(bases("llama"), tmp_path / "base" / "inner" / "model")
+    how = {"sleep": sleep_config("llama", window_size=L), "subfolder": "inner/model"}
+    model = AutoModelForSleepLM.from_pretrained(tmp_path / "base", **how)
+    model.save_pretrained(tmp_path / "new", only_sleep=True)
+    assert_same_weights(AutoModelForSleepLM.from_pretrained(tmp_path / "new"), model)
+    elsewhere = AutoModelForSleepLM.from_pretrained(tmp_path / "new", base_model_name_or_path=str(bases("llama")))
+    assert_same_weights(elsewhere, model)
+    assert elsewhere.config.base_source is None
+    plain = AutoModelForSleepLM.from_pretrained(bases("llama"))
+    assert "base_source" not in plain.config.to_dict()
+
+
+def test_new_weights_alone_ask_for_the_revision_that_their_base_had(bases, tmp_path, monkeypatch):
+    model = AutoModelForSleepLM.from_pretrained(bases("llama"), revision="v1")
+    model.save_pretrained(tmp_path, only_sleep=True)
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k) or load(*a, **k))
+    AutoModelForSleepLM.from_pretrained(tmp_path)
+    assert [how["revision"] for how in asked] == ["v1"]
+
+
 # Dtypes.
 
 
@@ -436,6 +476,28 @@ def test_a_base_on_disk_is_retrofitted(bases, tmp_path):
     assert {p.device.type for p in model.lm.model.parameters()} == {"meta"}
     plain = AutoModelForSleepLM.from_pretrained(bases("llama"), sleep=sleep_config("llama", window_size=L))
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+def test_a_retrofit_of_a_base_on_disk_is_saved_whole_and_trained(bases, tmp_path):
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    where |= {"model.layers.3": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = retrofit(bases("llama"), device_map=where, offload_folder=tmp_path / "offload")
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(SleepForCausalLM.from_pretrained(tmp_path / "whole")(IDS).logits, logits)
+    model.save_pretrained(tmp_path / "new", only_sleep=True)
+    again = SleepForCausalLM.from_pretrained(
+        tmp_path / "new", device_map=where, offload_folder=tmp_path / "offload_again"
+    )
+    assert again.hf_device_map == model.hf_device_map
+    freeze_all_but_fast_weights(again)
+    rows = [{"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}] * 4
+    trainer = SleepTrainer(again, SleepTrainingArguments(tmp_path, **QUIET | {"max_steps": 2}), train_dataset=rows)
+    before = copy.deepcopy(again.fast_weights.state_dict())
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert any(not torch.equal(before[name], t) for name, t in again.fast_weights.state_dict().items())
 
 
 # Weights that are not there.

@@ -78,8 +78,14 @@ def test_a_chat_is_answered_as_a_session_answers(server):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"temperature": 1.3, "seed": 3}, {"top_p": 0.5, "temperature": 1, "seed": 1}, {"stop": ["g"]}],
-    ids=["greedy", "sampled", "top_p", "stop"],
+    [
+        {},
+        {"temperature": 1.3, "seed": 3},
+        {"top_p": 0.5, "temperature": 1, "seed": 1},
+        {"stop": ["g"]},
+        {"temperature": 1e-45},
+    ],
+    ids=["greedy", "sampled", "top_p", "stop", "nearly greedy"],
 )
 def test_streamed_is_not_streamed(server, how):
     whole = chat(server, "Tell me of the sea and of its ships", max_tokens=40, **how)

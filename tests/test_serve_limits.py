@@ -107,6 +107,36 @@ def test_two_servers_continue_each_other_s_memories(tmp_path, store):
         assert not app.state.worker.memories.kept
 
 
+def test_what_one_server_forgot_another_does_not_bring_back(tmp_path, monkeypatch):
+    """Not even when the store itself has forgotten that it was there, and a new memory has its name."""
+    settings = ServeSettings("tiny", store=str(tmp_path))
+    one, two, busy = (Memories(tiny(), letters(), settings) for _ in range(3))
+
+    def read(memories, text, title):
+        kept = memories.current("me", "ada")
+        session = kept.session.fork()
+        session.read(text, title=title, progress=False)
+        memories.commit("me", "ada", kept, session)
+
+    one.create("me", "ada", None)
+    read(one, "a secret", "the first")
+    busy.current("me", "ada")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7200)
+    two.forget("me", "ada")
+    monkeypatch.setattr(time, "time", lambda: now + 14400)
+    for memories in (two, one):
+        memories.sweep()
+    assert not one.kept
+    assert not list(tmp_path.rglob("*.memory"))
+    two.create("me", "ada", None)
+    read(two, "nothing of it", "the second")
+    for memories in (one, two, busy):  # the last has swept nothing
+        assert [source["title"] for source in memories.report("me", "ada")["sources"]] == ["the second"]
+    read(busy, "and more", "the third")
+    assert [source["title"] for source in two.report("me", "ada")["sources"]] == ["the second", "the third"]
+
+
 def test_a_change_that_another_server_overtook_is_refused_and_changes_nothing(tmp_path):
     settings = ServeSettings("tiny", store=str(tmp_path))
     one, two = (Memories(tiny(), letters(), settings) for _ in range(2))
@@ -253,12 +283,13 @@ def test_a_bad_file_is_refused_and_the_server_goes_on(state, tmp_path):
         assert http.get("/v1/memories/good").json() | {"used": 0} == before | {"used": 0}
         assert [m["id"] for m in http.get("/v1/memories").json()["data"]] == ["good"]
         (path,) = tmp_path.rglob("m-good/*.memory")
-        path.with_name("000000000009.memory").write_bytes(state.to_bytes()[:-9])
+        version = before["version"]
+        path.with_name(f"{version + 1:012d}.memory").write_bytes(state.to_bytes()[:-9])
         assert code(http.get("/v1/memories/good"), 409) == "invalid_memory"
         assert code(http.post("/v1/chat/completions", json=body("Hello", memory_id="good")), 409) == "invalid_memory"
         http.put("/v1/memories/good/file", content=state.to_bytes()).raise_for_status()
-        assert http.get("/v1/memories/good").json()["version"] == 10
-        path.with_name("000000000011.memory").write_bytes(b'{"system": 3}')
+        assert http.get("/v1/memories/good").json()["version"] == version + 2
+        path.with_name(f"{version + 3:012d}.memory").write_bytes(b'{"system": 3}')
         assert code(http.get("/v1/memories/good"), 409) == "invalid_memory"
         assert http.delete("/v1/memories/good").json()["deleted"]
         assert http.get("/health").text == "ok\n"

@@ -1,7 +1,9 @@
 """SleepSession: law 10, and what people do with a memory: read, ask, undo, erase, save."""
 
+import copy
 import gc
 import multiprocessing
+import pickle
 import threading
 import time
 from dataclasses import replace
@@ -11,6 +13,7 @@ import torch
 import transformers
 from families import FAMILIES, make_model, sleep_config
 from helpers import EVICTIONS, word_tokenizer, words
+from serving import letters, tiny
 from tokenizers import processors
 from transformers import GenerationConfig
 
@@ -603,3 +606,110 @@ def test_7_what_a_question_hands_to_generate_does_not_grow_with_what_was_read(mo
         s.ask(words(2, 2), **GREEDY)
         s.ask_many([words(2, 2), words(4, 2)], **GREEDY)
     assert all(ids == mask <= 8 for ids, mask in widths)
+
+
+# Calls within calls, and what generate's keywords would do to a session.
+
+
+@pytest.mark.parametrize("nested", ["guidance", "hook"])
+def test_sleeps_of_calls_within_a_call_are_not_the_session_s(nested, tmp_path):
+    """Guidance reads a negative prompt with a cache of its own; a hook may ask another session."""
+    settings = {"sleep_before_turns": "never", "store": SleepStore(tmp_path)}
+    plain, s = (session(dtype=torch.float32, settings=settings) for _ in range(2))
+    heard, fields = [], {}
+    if nested == "hook":
+        other = SleepSession(s.model, s.tokenizer)
+        other.read(words(L - 2, 5))
+
+        def ask(event):
+            if not heard:
+                heard.append(event)
+                assert other.ask("w1 w2 w3", **GREEDY | {"max_new_tokens": 2 * L})
+
+        s.model.on_sleep(ask)
+    else:
+        fields = {"guidance_scale": 1.5, "negative_prompt_ids": torch.arange(6, 6 + 3 * L)[None]}
+        s.model.on_sleep(heard.append)
+    for one, how in ((plain, {}), (s, fields)):
+        one.read(words(L + 4))
+        one.chat(words(9, 3), **GREEDY | {"max_new_tokens": 4} | how)
+    assert len(heard) > (0 if nested == "hook" else plain.report().sleeps), "calls within the call slept"
+    for _ in range(2):
+        assert s.report().sleep_passes == plain.report().sleep_passes == [2] * plain.report().sleeps
+        assert s.report().tokens == plain.report().tokens
+        assert same(copies(s), copies(plain)) or nested == "guidance"  # which says something else
+        s.rollback()
+        plain.rollback()
+        assert same(copies(s), copies(plain))
+    for path in tmp_path.rglob("*.sleep"):
+        assert SleepState.load(path).rows[0].seen % L == 0
+
+
+def test_what_ends_an_answer_besides_a_token_ends_each_of_a_batch():
+    s = SleepSession(tiny(), letters())
+    s.read("a long text of the sea and of its ships")
+    questions, how = ["Who is it", "And where", "What"], {"do_sample": False, "max_new_tokens": 12}
+    for ends in ({}, {"eos_token_id": None}):
+        stop = s.ask(questions[0], **how, **ends)[3:5]
+        stopped = how | ends | {"stop_strings": [stop], "tokenizer": s.tokenizer}
+        alone = [s.ask(question, **stopped) for question in questions]
+        assert alone[0].endswith(stop)
+        assert len(alone[0]) < 12
+        assert s.ask_many(questions, **stopped) == alone
+
+
+def test_a_length_that_would_count_the_past_is_refused():
+    s = session()
+    s.read(words(3))
+    for how in ({"max_length": 9}, {"generation_config": GenerationConfig(max_length=9)}):
+        with pytest.raises(ValueError, match="max_length=9: it would count what the session has read"):
+            s.ask("w1", **how)
+
+
+@pytest.mark.parametrize("text", ["w1 \ud800", "w1 \udcff w2"])
+def test_what_is_no_unicode_is_refused_and_changes_nothing(text):
+    s = session()
+    s.read(words(3))
+    held = s._held
+    for step in (s.read, s.ask, s.chat, lambda text: s.read(iter([text]))):
+        with pytest.raises(ValueError, match=r"the text is no Unicode: at \d+ is '\\ud"):
+            step(text)
+    assert s._held is held
+
+
+def test_ids_of_several_texts_are_refused():
+    s, one = session(), session()
+    ids = torch.tensor([[7, 8, 9], [0, 0, 6]])
+    with pytest.raises(ValueError, match=r"text has shape \(2, 3\): ids must be \[T\] or \[1, T\]"):
+        s.read(ids)
+    s.read(ids[:1])
+    one.read([7, 8, 9])
+    assert same(copies(s), copies(one))
+
+
+def test_a_model_that_was_moved_to_another_dtype_says_so():
+    s = session(dtype=torch.float32)
+    s.read(words(L + 3))
+    cache, ids = s.to_state().to_cache(s.model), torch.tensor([[7]])
+    logits = s.model(ids, cache=cache.fork()).logits
+    s.model.to(torch.bfloat16)
+    for step in (
+        lambda: s.model(ids, cache=cache),
+        lambda: s.model.generate(ids, cache=cache, max_new_tokens=1),
+        lambda: s.model.sleep(cache),
+    ):
+        with pytest.raises(ValueError, match=r"read by a model in torch\.float32, which is in torch\.bfloat16 now"):
+            step()
+    s.model.to(torch.float32)
+    assert torch.allclose(s.model(ids, cache=cache).logits, logits, atol=0.1)  # weights were rounded meanwhile
+
+
+def test_a_copy_is_a_fork_and_what_cannot_be_copied_says_so():
+    s = session()
+    s.read(words(L + 3))
+    twin = copy.copy(s)
+    assert twin._held is s._held
+    assert twin._lock is not s._lock
+    for step in (lambda: copy.deepcopy(s), lambda: pickle.dumps(s)):
+        with pytest.raises(TypeError, match=r"fork\(\)|save\(path\)"):
+            step()

@@ -171,3 +171,48 @@ def test_any_file_system_will_do():
     assert read_by_model(again, words(L + 3)) < L
     assert same(copies(again), copies(first))
     store.clear()
+
+
+def test_a_store_of_somebody_else_s_is_read(tmp_path, monkeypatch, caplog):
+    store, text = SleepStore(tmp_path / "store"), words(L + 3)
+    stored(store).read(text)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    for name in ("rm_file", "makedirs"):
+        monkeypatch.setattr(type(store.files), name, refuse)
+    assert read_by_model(stored(store), text) < L
+    s = stored(store)
+    s.read(words(L + 3, 5))
+    assert s.report().sleeps == 1
+    assert len(files(tmp_path)) == 1
+    (file,) = files(tmp_path)
+    file.write_bytes(b"{}")
+    assert read_by_model(stored(store), text) > L
+    with pytest.raises(PermissionError):
+        store.clear()
+
+
+def test_a_state_of_a_newer_release_is_left_where_it_is(tmp_path, monkeypatch):
+    store, text = SleepStore(tmp_path / "store"), words(L + 3)
+    stored(store).read(text)
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    monkeypatch.setattr("hf_sleep.state.FORMATS", {})
+    assert read_by_model(stored(store), text) > L
+    assert file.read_bytes() == whole
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    store = SleepStore(tmp_path / "store", max_bytes=10**9)
+    stored(store).read(words(L + 3))
+    folder = files(tmp_path)[0].parent
+    old, new = folder / ".old.part", folder / ".new.part"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    stored(store).read(words(L + 3, 5))
+    assert new.exists()
+    assert not old.exists()

@@ -422,3 +422,12 @@ def test_another_loss_is_refused(tmp_path):
         DistillationTrainer(
             tiny(), SleepTrainingArguments(tmp_path, **QUIET), compute_loss_func=lambda outputs, labels, **_: 0
         )
+
+
+def test_a_batch_that_the_teacher_cannot_read_is_named(tmp_path):
+    def collate(rows):
+        batch = SleepCollator()(rows)
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    with pytest.raises(ValueError, match=r"a batch has \['attention_mask', 'input_ids'\], and no labels"):
+        trainer_of(tmp_path, tiny(), Distillation(share=0.5), collator=collate).train()

@@ -576,6 +576,34 @@ def test_a_checkpoint_of_the_plain_trainer_goes_on(tmp_path):
     assert trainer.state.global_step == 2
 
 
+def test_the_plain_trainer_goes_on_with_another_schedule(tmp_path):
+    settings = QUIET | {"save_strategy": "steps", "save_steps": 1}
+    for steps, callbacks in ((1, []), (2, [SleepPassesSchedule(2), HardEvictionWarmup(steps=2)])):
+        arguments = TrainingArguments(tmp_path, **settings | {"max_steps": steps})
+        trainer = Trainer(tiny(), arguments, SleepCollator(), train_dataset=TASK.dataset(8), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=steps > 1)
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_a_quantised_base_is_refused_before_steps_are_lost(tmp_path):
+    model = tiny()
+    model.lm.hf_quantizer = object()
+    with pytest.raises(ValueError, match=r"save_strategy='steps': .* only_sleep=True"):
+        trainer_of(tmp_path, model, save_strategy="steps").train()
+    trainer_of(tmp_path, model, max_steps=1).train()
+
+
+def test_labels_of_everything_are_judged_but_for_the_first_token(tmp_path):
+    ids, model = [tokens(9, seed).tolist() for seed in range(4)], tiny()
+    for row in ids[:2]:  # what the model says itself
+        for column in range(1, 9):
+            row[column] = model(torch.tensor([row[:column]])).logits[0, -1].argmax().item()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row, "difficulty": i % 2} for i, row in enumerate(ids)])
+    scores = trainer_of(tmp_path, model, eval_dataset=rows).evaluate()
+    assert (scores["eval_accuracy_0"], scores["eval_accuracy_1"]) == (0.5, 0.5)
+
+
 def test_the_progress_bar_shows_tokens_per_second(tmp_path, capsys):
     trainer = trainer_of(tmp_path, disable_tqdm=False, max_steps=2, logging_steps=1)
     trainer.train()

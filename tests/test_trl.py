@@ -13,11 +13,12 @@ from datasets import Dataset
 from families import FAMILIES, MORE_FAMILIES, VOCAB, make_model, sleep_config, tokens
 from helpers import assert_close
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, sleep_lora_config
 from hf_sleep.compat import CHECKPOINTING
+from hf_sleep.training import HardEvictionWarmup
 
 # TRL's configs still set the old name of activation_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -352,3 +353,30 @@ def test_grpo_answers_are_those_of_generate(tokenizer, tmp_path):
             torch.tensor([prompt]), max_new_tokens=2 * L, do_sample=False, eos_token_id=1, pad_token_id=0
         )[0, len(prompt) :]
         assert answer == expected.tolist()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+def test_a_stage_keeps_an_adapter_frozen_that_a_trainer_switches_off_and_on(kind, checkpointing, tokenizer, tmp_path):
+    """The reference is the model without its adapter, which PEFT trains whenever it is switched on again."""
+    model = tiny()
+    others = {"peft_config": sleep_lora_config(model, r=2)}
+    fields = {CHECKPOINTING: checkpointing, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    if kind == "GRPO":
+        others["reward_funcs"] = reward
+        fields |= {"num_generations": 2, "max_completion_length": 2 * L, "beta": 0.1}
+    rows = PAIRS if kind == "DPO" else PROMPTS
+    trainer = trainer_of(kind, tmp_path, rows, model, tokenizer, others, max_steps=3, **fields)
+    of_adapter = [p for name, p in trainer.model.named_parameters() if ".lora_" in name]
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            seen.append((any(p.requires_grad for p in of_adapter), any(p.grad is not None for p in of_adapter)))
+
+    for callback in (HardEvictionWarmup(steps=2), Look()):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert seen == [(False, False)] * 2 + [(True, True)]
+    assert all(p.requires_grad for p in of_adapter)
+    assert not {"disable_adapter", "set_adapter"} & vars(trainer.model).keys()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import LEAST_TEMPERATURE
 from ..config import SETTINGS
 
 Model = Annotated[
@@ -131,7 +132,7 @@ def generation(how: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(how["seed"])
     asked: dict[str, Any] = {"max_new_tokens": how["max_new_tokens"]}
     if how["temperature"] is not None:
-        asked["do_sample"] = how["temperature"] > 0
+        asked["do_sample"] = how["temperature"] >= LEAST_TEMPERATURE
         if asked["do_sample"]:
             asked["temperature"] = how["temperature"]
     return asked

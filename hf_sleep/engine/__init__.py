@@ -5,7 +5,7 @@ from .eviction import Eviction, EvictionPlan, Hard, Sliding
 from .passes import FixedPasses, PassPolicy, UntilSettled, WithinSeconds, pass_policy, policy_fields
 from .slots import RunningOrder, Slot, run_slots, running_order
 from .static import Buffers, can_step, has_room, read_token
-from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers, in_this_thread
+from .watch import PassEvent, PassHook, SleepEvent, SleepHook, Watchers, of_cache
 from .window import Read, Span, Window, require_masks
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "WithinSeconds",
     "can_step",
     "has_room",
-    "in_this_thread",
+    "of_cache",
     "pass_policy",
     "policy_fields",
     "read_token",

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class SleepEvent:
         seconds: that passes 2 to N and the eviction took. Rows that slept together share them.
         sleep_passes: N, the ordinary read included.
         batch: the memory of all rows when it had slept; it is held for as long as the hook runs.
+        of: the cache that the call moves on, while there is one.
     """
 
     row: int
@@ -29,6 +31,7 @@ class SleepEvent:
     seconds: float
     sleep_passes: int
     batch: Callable[[], Memory | None] = field(default=lambda: None, repr=False, compare=False)
+    of: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def left(self) -> Memory:
         """The memory that the sleep left of the row, as if the row had been read alone; asked for in the hook.
@@ -65,13 +68,17 @@ PassHook = Callable[[PassEvent], None]
 SleepHook = Callable[[SleepEvent], None]
 
 
-def in_this_thread(hook: SleepHook) -> SleepHook:
-    """The same hook, told of this thread's sleeps alone: a model's hooks hear of every thread's calls."""
+def of_cache(cache: Any, hook: SleepHook) -> SleepHook:
+    """The same hook, told of the sleeps of this thread's calls with `cache` alone.
+
+    A model's hooks hear of every call: of other threads', and of those that are made within a call, as guidance in
+    `generate` makes them, or another hook.
+    """
     thread = threading.get_ident()
 
     @functools.wraps(hook)
     def told(event: SleepEvent) -> None:
-        if threading.get_ident() == thread:
+        if threading.get_ident() == thread and event.of() is cache:
             hook(event)
 
     return told
@@ -84,10 +91,12 @@ class Watchers:
     Args:
         of_passes: called after every pass over a window that sleeps.
         of_sleeps: called after every sleep, once per row that slept.
+        cache: that the call moves on, if any.
     """
 
     of_passes: tuple[PassHook, ...] = ()
     of_sleeps: tuple[SleepHook, ...] = ()
+    cache: Any = None
 
     def clock(self, device: torch.device) -> float:
         """Seconds, when the device has done all it was asked; 0 where nobody asks for them."""
@@ -104,6 +113,7 @@ class Watchers:
 
     def tell_sleep(self, rows: Sequence[int], memory: Memory, seconds: float, passes: int) -> None:
         """Tell that `rows` of a batch have slept."""
+        of = SleepEvent.of if self.cache is None else weakref.ref(self.cache)
         for b in rows if self.of_sleeps else ():
             for hook in self.of_sleeps:
-                hook(SleepEvent(b, memory.counters[b].seen, seconds, passes, weakref.ref(memory)))
+                hook(SleepEvent(b, memory.counters[b].seen, seconds, passes, weakref.ref(memory), of))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
@@ -14,6 +15,11 @@ from .card import is_our_card
 
 TAGS = ("hf_sleep", "sleep", "fast-weights", "long-context")
 WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+
+ENTRY = re.compile(
+    r"model(?:\.(?P<whole>(?:(?!-of-)[^/])+))?\.safetensors|model\.safetensors\.index(?:\.(?P<index>[^/]+))?\.json"
+)
+"""Whole weights, or the index of shards, of a variant if there is one."""
 
 # Loaded by transformers where a checkpoint is read with trust_remote_code=True.
 AUTO_MAP = {
@@ -53,7 +59,32 @@ def forget_folders(folder: str | os.PathLike) -> None:
         config["base_model_name_or_path"] = None
     if hub_id(config["text_config"].get("_name_or_path")) is None:
         config["text_config"].pop("_name_or_path", None)
+    if config["base_model_name_or_path"] is None:
+        config.pop("base_source", None)
     write_file(path, json.dumps(config, indent=2) + "\n")
+
+
+def weight_files(folder: str | os.PathLike) -> dict[Path, tuple[str, int]]:
+    """What loading looks for first in a checkpoint: of which variant it is, and when it was written, in nanoseconds."""
+    found = [(path, ENTRY.fullmatch(path.name)) for path in Path(folder).glob("model.*")]
+    return {path: (match["whole"] or match["index"] or "", path.stat().st_mtime_ns) for path, match in found if match}
+
+
+def drop_older_weights(folder: str | os.PathLike, before: dict[Path, tuple[str, int]]) -> None:
+    """Delete whole weights that shards were written beside, or the index of shards that are gone.
+
+    transformers leaves them, and loading takes what it finds first.
+
+    Args:
+        folder: of a checkpoint that was written just now.
+        before: its `weight_files` before that.
+    """
+    now = weight_files(folder)
+    written = {path for path in now if before.get(path) != now[path]}
+    variants = {now[path][0] for path in written}
+    for path in now.keys() - written:
+        if now[path][0] in variants:
+            path.unlink()
 
 
 class Repository:

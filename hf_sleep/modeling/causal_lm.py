@@ -152,8 +152,8 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         # Trainer's label smoothing knows a causal LM by it, and FSDP2 puts a class of its own before this one.
         return SleepForCausalLM.__name__
 
-    def _sleeper(self) -> Sleeper:
-        """The algorithm, over this model's layers and with its settings."""
+    def _sleeper(self, cache: Any = None) -> Sleeper:
+        """The algorithm, over this model's layers and with its settings, in a call that moves `cache` on."""
         sleep, decoder = self.config.sleep, self.decoder
         loop_layers = sleep.loop_layers or (0, len(decoder.kinds))
         return Sleeper(
@@ -161,7 +161,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             running_order(decoder, dict(self.fast_weights.items()), loop_layers),
             sleep.make_eviction(),
             self.between,
-            Watchers(tuple(self._pass_hooks.values()), tuple(self._sleep_hooks.values())),
+            Watchers(tuple(self._pass_hooks.values()), tuple(self._sleep_hooks.values()), cache),
             decay_once=sleep.decay_once,
             is_checkpointing=self.gradient_checkpointing and self.training,
         )
@@ -322,7 +322,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         check_positions(position_ids, layout, memory)
         ends = ends_of(sleep_after, layout)
 
-        sleeper = self._sleeper()
+        sleeper = self._sleeper(cache)
         embeds: Any = inputs_embeds
         x = sleeper.decoder.first_input(embeds) if input_ids is None else sleeper.decoder.embed(input_ids)
         warn_if_emulated(x)
@@ -388,7 +388,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         if not memory.counters:
             raise ValueError("cache has read nothing yet: there is nothing to sleep on. Call the model with it first")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
-            memory = self._sleeper().sleep(memory, range(len(memory.counters)), policy)
+            memory = self._sleeper(cache).sleep(memory, range(len(memory.counters)), policy)
         cache.hold(self, memory)
         return cache
 

@@ -21,9 +21,11 @@ from ..hub import (
     AUTO_MAP,
     CardFacts,
     Repository,
+    drop_older_weights,
     forget_folders,
     hub_id,
     is_untrained,
+    weight_files,
     write_model_card,
     write_remote_code,
 )
@@ -142,9 +144,11 @@ class CheckpointMixin(SleepPreTrainedModel):
         # trust_remote_code marks the class, and then saving would copy its file. The code stays in the package.
         self.config._auto_class = None
         self.config.auto_map, self.config.only_sleep = dict(AUTO_MAP), only_sleep
+        before = weight_files(folder)
         try:
             super().save_pretrained(folder, state_dict=state_dict, **kwargs)
             if kwargs.get("is_main_process", True):
+                drop_older_weights(folder, before)
                 write_remote_code(folder)
                 write_model_card(self, folder, name, untrained=is_untrained(blocks), **(card or {}))
         finally:
@@ -303,6 +307,8 @@ def _config_of(
         defaults = SleepLMConfig()
         names = [key for key in kwargs if key not in ("dtype", "torch_dtype") and hasattr(defaults, key)]
         fields = {key: kwargs.pop(key) for key in names}
+        if "base_model_name_or_path" in fields:
+            fields.setdefault("base_source", None)  # of another place
         config = SleepLMConfig.from_pretrained(name if given is None else given, **hub, **fields)
     check_keywords(kwargs, config.text_config)
     for key in kwargs:

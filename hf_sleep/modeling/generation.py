@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..cache import SleepCache
 from ..compat import CACHE, GenerationMixin
-from ..engine import in_this_thread
+from ..engine import of_cache
 from ..generation import RecurrentGenerationMixin
 from ..packing import refuse_packed
 from ..static_cache import StaticSleepCache
@@ -101,7 +101,7 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     def _sample(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
         # The one mode that streams: transformers refuses a streamer with beams.
         hook = getattr(streamer, "on_sleep", None)
-        with nullcontext() if hook is None else self.on_sleep(in_this_thread(hook)):
+        with nullcontext() if hook is None else self.on_sleep(of_cache(kwargs.get(CACHE), hook)):
             return super()._sample(*args, streamer=streamer, **kwargs)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)

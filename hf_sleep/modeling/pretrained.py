@@ -97,7 +97,8 @@ def draw_blocks(model: Any, base: PreTrainedModel) -> None:
     std, high = getattr(base.config, "initializer_range", 0.02), torch.promote_types(base.dtype, torch.float32)
     layers, last = model.decoder.layers, model.config.sleep.loop_layers[1] - 1
     drawn = [(name, block, layers[int(name)]) for name, block in model.fast_weights.items()]
-    for name, module, beside in [*drawn, ("between", model.between, layers[last])]:
+    drawn.append(("between", model.between, layers[last]))
+    for name, module, beside in drawn:
         seed = hashlib.sha256(f"{model.config.base_fingerprint}/{name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(seed[:8]))
         module.double()
@@ -109,3 +110,9 @@ def draw_blocks(model: Any, base: PreTrainedModel) -> None:
         module.to(compute_device(beside))
         for part in module.modules():
             part._is_hf_initialized = True
+    if (of_base := getattr(base, "hf_device_map", None)) is not None:
+        # By it transformers knows what to gather when it saves, and Trainer that it must not move anything.
+        places = {module: compute_device(beside) for _, module, beside in drawn}
+        new = {name: places[part] for name, part in model.named_modules() if part in places}
+        model.hf_device_map = {f"lm.{name}".rstrip("."): device for name, device in of_base.items()}
+        model.hf_device_map |= {name: place.type if place.index is None else place.index for name, place in new.items()}

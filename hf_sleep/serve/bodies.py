@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from ..checks import LEAST_TEMPERATURE
 from ..steps import MAX_NEW_TOKENS
 from .errors import ApiError, refused
 from .text import LONGEST_STOP
@@ -74,9 +75,11 @@ class Sampling(Body):
         length = getattr(self, given[0]) if given else min(most, MAX_NEW_TOKENS)
         if length > most:
             raise refused(given[0], length, f"an answer has {most} tokens at most")
-        how: dict[str, Any] = {"do_sample": self.temperature != 0, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        if how["do_sample"]:
-            how |= {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": 0}
+        temperature = 1.0 if self.temperature is None else self.temperature
+        if temperature < LEAST_TEMPERATURE:
+            how: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        else:
+            how = {"do_sample": True, "temperature": temperature, "top_p": self.top_p or 1.0, "top_k": 0}
         return {"max_new_tokens": length} | how
 
     @contextmanager

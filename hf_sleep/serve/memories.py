@@ -79,7 +79,7 @@ class Memories:
         if version > 0:
             raise ApiError(409, f"there is a memory {id!r} already: choose another id", param="id", code="exists")
         self._check_number(owner)
-        self._put(owner, id, -version + 1, self.session(owner, system), unread(system), system)
+        self._put(owner, id, _first(version), self.session(owner, system), unread(system), system)
         return id
 
     def current(self, owner: str, id: str) -> Kept:
@@ -143,7 +143,7 @@ class Memories:
         version = self._version(owner, id)
         if version <= 0:
             self._check_number(owner)
-        self._put(owner, id, abs(version) + 1, session, content)
+        self._put(owner, id, version + 1 if version > 0 else _first(version), session, content)
 
     def forget(self, owner: str, id: str) -> None:
         """Overwrite a memory with zeros, and delete its files.
@@ -199,7 +199,12 @@ class Memories:
         for (owner, id), kept in list(self.kept.items()):
             if ttl is not None and now - kept.used > ttl and self.shelf is None:
                 self._drop((owner, id))
-        for owner, volume in () if self.shelf is None else self.shelf.sweep(ttl):
+        if self.shelf is None:
+            return
+        there = {(owner, volume.id) for owner, volume in self.shelf.all() if volume.num_bytes}
+        for key in self.kept.keys() - there:  # another server forgot it
+            self._drop(key)
+        for owner, volume in self.shelf.sweep(ttl):
             kept_here = self.kept.get((owner, volume.id))
             if ttl is None or kept_here is None or now - kept_here.used > ttl:
                 with suppress(ApiError):  # another server forgot it just now
@@ -313,6 +318,17 @@ class Memories:
         kept = self.kept.pop(key, None)
         if kept is not None:
             kept.session.forget()
+
+
+def _first(version: int) -> int:
+    """The number that a new memory begins with, above that of any memory of its name which was forgotten.
+
+    A shelf does not remember for ever that one was. The clock does: no memory changes every second.
+
+    Args:
+        version: as `_version` gives it.
+    """
+    return max(abs(version) + 1, int(time.time()))
 
 
 def check_id(id: str) -> str:

@@ -25,7 +25,7 @@ class Volume:
 
     Args:
         id: of the memory.
-        version: counts from 1.
+        version: grows with every change.
         num_bytes: of the file; 0: the memory was forgotten.
         when: it was written, or used last where the file system says it, in seconds since the epoch.
         path: of the file.
@@ -84,7 +84,7 @@ class Shelf:
     def touch(self, volume: Volume) -> None:
         """Note that it was used, where files say when they were."""
         if isinstance(self.files, LocalFileSystem):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # it is gone, or somebody else's
                 os.utime(volume.path)
 
     def write(self, owner: str, id: str, version: int, content: bytes) -> None:

@@ -254,6 +254,11 @@ class DistillationTrainer(SleepTrainer):
 
     def token_loss(self, batch: Mapping[str, torch.Tensor]) -> TokenLoss:
         """Let the teacher read a batch with `input_ids` and `labels`, and make the loss of its targets."""
+        if missing := [name for name in ("input_ids", "labels") if batch.get(name) is None]:
+            raise ValueError(
+                f"a batch has {sorted(batch)}, and no {' and no '.join(missing)}: the teacher reads input_ids, and "
+                "says something where labels are. Let the collator give both"
+            )
         ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
         targets = next_labels(labels, None if mask is None else mask != 0) != IGNORED
         share, weights = self.distillation.share, self._weights(ids, mask, targets)

@@ -11,6 +11,7 @@ from transformers import EvalPrediction, GenerationConfig, Trainer, TrainerCallb
 
 from ..data import Task
 from ..labels import IGNORED
+from ..lora import refuse_prompts
 from .collator import SleepCollator
 
 IN_ORDER = {
@@ -39,12 +40,11 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
     right: dict[int, list[bool]] = defaultdict(list)
     for row, predicted, labels in zip(rows, predictions.predictions, predictions.label_ids, strict=True):
         where = (labels != IGNORED).nonzero()[0]
-        asked = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        asked = [i for i, label in enumerate(row["labels"]) if i and label != IGNORED]
         said = predicted[where - 1].tolist()
         if 0 in where or [row["labels"][i] for i in asked] != labels[where].tolist():
             raise ValueError(
-                "the labels that were evaluated are not those of the dataset's rows: "
-                "a row's first token can have none, and the collator may not change them"
+                "the labels that were evaluated are not those of the dataset's rows: the collator may not change them"
             )
         if task is None:
             right[row["difficulty"]].append(said == labels[where].tolist())
@@ -182,6 +182,7 @@ def check_trainer(callback: TrainerCallback, trainer: Any) -> Trainer:
             f"{name} needs the trainer whose log reports it, not {type(trainer).__name__}: "
             f"make the trainer first, then trainer.add_callback({name}(trainer, ...))"
         )
+    refuse_prompts(getattr(trainer, "model", None))
     return trainer
 
 

@@ -1,5 +1,9 @@
 """Fast weights among a model's parameters: their names, freezing all others, and refusing sharded ones."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -37,6 +41,46 @@ def freeze_all_but_fast_weights(model: nn.Module) -> None:
     names = fast_weight_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
+
+
+@contextmanager
+def kept_frozen(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep parameters from being trained while it is open, which are trained before it and after it.
+
+    PEFT trains every parameter of an adapter that is switched on again, as trainers do after they have read a reference
+    with the adapter off. Such a switch of a `PeftModel` leaves them frozen here.
+    """
+
+    def freeze() -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+    wrapper: Any = model
+    switches = [name for name in ("disable_adapter", "set_adapter") if hasattr(wrapper, "disable_adapter")]
+    given = {name: getattr(wrapper, name) for name in switches}
+
+    @contextmanager
+    def disable_adapter(*args: Any, **kwargs: Any) -> Iterator[None]:
+        try:
+            with given["disable_adapter"](*args, **kwargs):
+                yield
+        finally:
+            freeze()
+
+    def set_adapter(*args: Any, **kwargs: Any) -> None:
+        given["set_adapter"](*args, **kwargs)
+        freeze()
+
+    freeze()
+    for name in switches:
+        setattr(wrapper, name, {"disable_adapter": disable_adapter, "set_adapter": set_adapter}[name])
+    try:
+        yield
+    finally:
+        for name in switches:
+            delattr(wrapper, name)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def refuse_sharded(model: nn.Module, who: str, instead: str) -> None:

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..checks import require_int
 from ..compat import CHECKPOINTING
-from .parameters import fast_weight_names, refuse_sharded
+from .parameters import fast_weight_names, kept_frozen, refuse_sharded
 
 _CHANGES: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ExitStack]]" = weakref.WeakKeyDictionary()
 """Changes that a model's callbacks have made for the step that runs, by model.
@@ -50,6 +50,10 @@ class DuringStep(TrainerCallback, ExportableState):
         """Take back all that is changed in the model: an interrupted step leaves it there."""
         if self._changes is not None:
             self._changes.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint of a run without this callback has none, and the Trainer expects one when it saves.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.restore()
@@ -156,6 +160,7 @@ class HardEvictionWarmup(DuringStep):
         return state.global_step < self.steps if self.steps is not None else state.epoch < self.epochs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control)
         refuse_sharded(model, "HardEvictionWarmup", "Train the two stages as two runs")
         unused = args.ddp_find_unused_parameters
         if args.world_size > 1 and (unused is False or (unused is None and getattr(args, CHECKPOINTING))):
@@ -178,11 +183,5 @@ class HardEvictionWarmup(DuringStep):
             return
         names = fast_weight_names(model)
         frozen = [p for name, p in model.named_parameters() if p.requires_grad and name not in names]
-        with model.sleeping(eviction="hard"):
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            try:
-                yield
-            finally:
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
+        with model.sleeping(eviction="hard"), kept_frozen(model, frozen):
+            yield

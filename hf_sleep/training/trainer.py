@@ -19,7 +19,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from ..checks import require_int
@@ -28,6 +28,7 @@ from ..data import Task
 from ..files import write_file
 from ..hub import write_model_card, write_remote_code
 from ..labels import IGNORED
+from ..lora import refuse_prompts
 from ..modeling import SleepForCausalLM
 from ..packing import refuse_packed
 from .collator import SleepCollator, without_unpredicted
@@ -155,6 +156,7 @@ class SleepTrainer(Trainer):
             raise TypeError(f"SleepTrainer needs SleepTrainingArguments as args, not {type(args).__name__}")
         self.task = task
         super().__init__(model, args, data_collator or SleepCollator(), *others, **kwargs)
+        refuse_prompts(self.model)
         self.add_callback(SleepRecord(self.model))
         self._passed = PassedStates(args.pass_states, args.seed)
         if self.pop_callback(ProgressCallback):
@@ -163,6 +165,7 @@ class SleepTrainer(Trainer):
     # Training.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._check_saving()
         if self.train_dataset is not None:
             self._check_rows()
         if resume_from_checkpoint is True:
@@ -305,6 +308,17 @@ class SleepTrainer(Trainer):
                 f"train_dataset: none of the first {len(rows)} rows has a label to train on. "
                 f"Labels are those of input_ids at the same place, {IGNORED} for no loss; "
                 "the first token of a row cannot be predicted"
+            )
+
+    def _check_saving(self) -> None:
+        if self.args.save_strategy == SaveStrategy.NO or not isinstance(self.model, SleepForCausalLM):
+            return
+        if getattr(self.model.lm, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"save_strategy={self.args.save_strategy.value!r}: a checkpoint would hold the base, and a quantised "
+                "one cannot be written inside a sleep checkpoint. Set save_strategy='no' and call "
+                "model.save_pretrained(folder, only_sleep=True) in the end, or train an adapter (sleep_lora_config), "
+                "which is saved by itself"
             )
 
     def _check_passing(self) -> None:
