@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepForCausalLM, default_dtype
 from hf_sleep.data.haystack import draw_sentence
+from hf_sleep.data.words import start_of
 from hf_sleep.eval import loss_by_position
 from hf_sleep.eval.report import position_table
 
@@ -86,7 +87,8 @@ def known(model: SleepForCausalLM, tokenizer: Any, ids: list[int], facts: list[F
     if len(ids) >= model.config.sleep.window_size:
         model.sleep(cache)  # the last window too
     cache.batch_repeat_interleave(len(facts))
-    asked = tokenizer([f"\n{fact.begins}" for fact in facts], padding=True, padding_side="left", return_tensors="pt")
+    how = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+    asked = tokenizer([f"\n{fact.begins}" for fact in facts], **how)
     mask = torch.cat((torch.ones(len(facts), len(ids), dtype=torch.long), asked["attention_mask"]), 1)
     said = model.generate(
         asked["input_ids"].to(model.device),
@@ -114,10 +116,11 @@ def readers(trained: SleepForCausalLM, most: int) -> dict[str, SleepForCausalLM]
 def rows(tokenizer: Any, length: int) -> torch.Tensor:
     """`[R, length]`, rows of this project's documentation."""
     pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-    ids = tokenizer("\n\n".join(page.read_text(encoding="utf-8") for page in pages), verbose=False)["input_ids"]
-    if len(ids) < ROWS * length:
+    text, start = "\n\n".join(page.read_text(encoding="utf-8") for page in pages), start_of(tokenizer)
+    ids, count = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], length - len(start)
+    if len(ids) < ROWS * count:
         raise SystemExit(f"{ROWS} rows of {length} tokens: the documentation has {len(ids)}. Give fewer --windows")
-    return torch.tensor(ids[: ROWS * length]).view(ROWS, length)
+    return torch.tensor([start + ids[i * count : (i + 1) * count] for i in range(ROWS)])
 
 
 def forty(trained: SleepForCausalLM, tokenizer: Any, windows: int) -> Table:
@@ -151,6 +154,7 @@ def main() -> None:
         raise SystemExit(f"{base} is not there: run `make demo` first, and start this in the repository's folder")
     trained = AutoModelForSleepLM.from_pretrained(arguments.model, dtype=default_dtype())
     tokenizer = AutoTokenizer.from_pretrained(trained.config.base_model_name_or_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     size = trained.config.sleep.window_size
     console = Console()
     console.print(Markdown(position_table(loss_by_position(trained.eval(), rows(tokenizer, arguments.windows * size)))))

@@ -29,6 +29,7 @@ from shared.log_likelihoods import log_likelihoods
 from transformers import AutoTokenizer
 
 from hf_sleep import AutoModelForSleepLM, SleepEvent, SleepForCausalLM
+from hf_sleep.files import write_file
 
 NO_LIMIT = 2**31
 
@@ -68,6 +69,8 @@ class SleepLM(HFLM):
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(Arguments, __doc__, arguments)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     asked = {"window_size": options.window_size, "sleep_passes": options.sleep_passes}
     sleep = {name: value for name, value in asked.items() if value is not None}
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep).eval()
@@ -83,7 +86,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(make_table(results))
     print(f"{evaluated.sleeps} sleeps, window_size={model.config.sleep.window_size}")
     if options.output is not None:
-        options.output.write_text(json.dumps(made, indent=2, default=str), encoding="utf-8")
+        write_file(options.output, json.dumps(made, indent=2, default=str) + "\n")
     return made
 
 

@@ -108,7 +108,9 @@ class Arguments:
     block_kind: str = argument("gated_delta_net", "what the blocks are")
     steps: int = argument(600, "optimizer steps of each model")
     batch_size: int = argument(16, "rows")
-    muon_learning_rate: float | None = argument(None, f"of the matrices; None: {RATES['blocks'][0]}, whole less")
+    muon_learning_rate: float | None = argument(
+        None, f"of the matrices; 0: AdamW for everything; None: {RATES['blocks'][0]}, whole less"
+    )
     learning_rate: float | None = argument(None, f"of all else; None: {RATES['blocks'][1]}, whole less")
     test_rows: int = argument(128, "rows to evaluate on")
     threads: int = argument(1, "of this process")
@@ -145,7 +147,20 @@ def pretrained(options: Arguments) -> LlamaForCausalLM:
     """The base from its folder; where there is none, trained and saved there."""
     if not (options.base / "config.json").exists():
         pretrain(options)
-    return LlamaForCausalLM.from_pretrained(options.base, dtype="float32")
+    base = LlamaForCausalLM.from_pretrained(options.base, dtype="float32")
+    asked = {
+        "num_hidden_layers": options.layers,
+        "hidden_size": options.hidden_size,
+        "vocab_size": KHopText(options.num_names).vocab_size,
+    }
+    refuse_others(options.base, asked, base.config.to_dict())
+    return base
+
+
+def refuse_others(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
+    """Leave where what an earlier run wrote has other settings than are asked for."""
+    if differing := {key: (found[key], value) for key, value in asked.items() if found[key] != value}:
+        raise SystemExit(f"{path} was made with other settings, {differing} (then, now): choose another folder")
 
 
 def pretrain(options: Arguments) -> None:
@@ -255,6 +270,20 @@ def carried_as(arm: Arm) -> Iterator[None]:
         yield
 
 
+def rates(options: Arguments, train: str) -> tuple[float, float]:
+    """Muon's and AdamW's; 0 for Muon's: AdamW trains everything."""
+    given = options.muon_learning_rate, options.learning_rate
+    muon, adamw = (usual if rate is None else rate for rate, usual in zip(given, RATES[train], strict=True))
+    return muon, adamw
+
+
+def settings_of(options: Arguments, train: str) -> dict[str, Any]:
+    """What a run's file says of itself, and its name does not."""
+    muon, adamw = rates(options, train)
+    of_block = {"batch_size": options.batch_size, "block_kind": options.block_kind}
+    return of_block | {"muon_learning_rate": muon or None, "learning_rate": adamw}
+
+
 def rows_of(task: KHopText, seed: int, batch_size: int, steps: int) -> Iterator[dict[str, Any]]:
     """Training rows: for a fifth of the steps about one hop, up to three fifths about two at most, then about all."""
     ends = {1: steps // 5, 2: 3 * steps // 5, len(task.hops): steps}
@@ -290,13 +319,13 @@ def run(options: Arguments, train: str, arm: str, passes: int, seed: int) -> dic
     model = retrofit(options, pretrained(options), arm, passes, seed)
     if train == "blocks":
         freeze_all_but_fast_weights(model)
-    muon, adamw = RATES[train]
+    muon, adamw = rates(options, train)
     arguments = SleepTrainingArguments(
         output_dir=str(options.output / "trainer"),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
-        muon_learning_rate=options.muon_learning_rate or muon,
-        learning_rate=options.learning_rate or adamw,
+        muon_learning_rate=muon or None,
+        learning_rate=adamw,
         weight_decay=0.0,
         lr_scheduler_kwargs={"num_decay_steps": int(0.4 * options.steps)},
         logging_steps=1,
@@ -318,8 +347,8 @@ def run(options: Arguments, train: str, arm: str, passes: int, seed: int) -> dic
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         **{"train": train, "arm": arm, "sleep_passes": passes, "seed": seed, "steps": options.steps},
-        **{"batch_size": options.batch_size, "block_kind": options.block_kind, "parameters_trained": trained},
-        **{"muon_learning_rate": arguments.muon_learning_rate, "learning_rate": arguments.learning_rate},
+        **settings_of(options, train),
+        "parameters_trained": trained,
         "sleep": model.config.sleep.to_dict(),
         "cpu_seconds": round(seconds, 1),
         "untrained": before,
@@ -368,6 +397,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             with carried_as(ARMS[arm]):
                 write_file(file, json.dumps(run(options, train, arm, passes, seed)) + "\n")
         results.append(json.loads(file.read_text(encoding="utf-8")))
+        refuse_others(file, settings_of(options, train), results[-1])
+        refuse_others(file, {"window_size": slept_on(options).window_size}, results[-1]["sleep"])
         print(file.stem, results[-1]["accuracy"][str(passes)], f"{results[-1]['cpu_seconds']} s", flush=True)
     print(f"\n{table(results)}")
     return results

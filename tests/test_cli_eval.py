@@ -1,6 +1,7 @@
 """`hf-sleep eval`: a checkpoint's own task, any base on any task, text by position, and the tests by their names."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 from families import make_model, sleep_config
 from helpers import save_tiny_llama
 from test_data_managers import NAMES, byte_level, fast
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
 
 from hf_sleep import AutoModelForSleepLM
 from hf_sleep.cli import app
+from hf_sleep.cli.evaluate import Asked, _text_rows, _tokens
 from hf_sleep.data import GSMInfinite, KHop
+from hf_sleep.data.words import start_of
 from hf_sleep.eval import answers, forgetting, loss_by_position
 from hf_sleep.eval.report import by_difficulty
 from hf_sleep.eval.suite import PAIRS, TESTS
@@ -63,7 +67,8 @@ def test_a_trained_checkpoint_is_evaluated_at_every_n_and_l(tmp_path):
     model, options = ROOT / "examples" / "khop" / "N3", ["--passes", "1,3", "--problems", "96", "--batch-size", "32"]
     accuracy = {}
     for size in (7, 10):
-        found, _ = evaluate(model, "khop", "--window-size", size, *options, "--output", tmp_path / str(size))
+        found, said = evaluate(model, "khop", "--window-size", size, *options, "--output", tmp_path / str(size))
+        assert ("Note: khop: its text comes in windows of 10 tokens" in said) is (size != 10)
         assert found == json.loads((tmp_path / str(size) / "eval.json").read_text(encoding="utf-8"))["results"][0]
         scores = asleep(found["scores"])
         assert all(score["chance"] == KHop(8).chance(score["difficulty"]) for score in scores)
@@ -229,6 +234,30 @@ def test_what_cannot_be_asked_is_said(base):
     assert "Left out: niah_single_2, 4 windows: " in result.stderr
     assert "Left out: cwe, 4 windows: " in result.stderr
     assert "nothing was measured" in result.stderr
+
+
+def test_rows_of_text_begin_as_the_tokenizer_lets_a_text_begin(base, tokenizer):
+    begun = fast(byte_level(1500, NAMES))
+    begun.bos_token = begun.convert_ids_to_tokens(7)
+    special = [("B", 7), ("E", begun.eos_token_id)]
+    begun._tokenizer.post_processor = TemplateProcessing(single="B:0 $A E:0", special_tokens=special)
+    assert start_of(begun) == [7]
+    assert start_of(tokenizer) == []
+    asked = Asked("tiny", AutoModelForSleepLM.from_pretrained(base, sleep={"window_size": 16}), begun, (1,), 4, 3, 0)
+    rows = _text_rows(asked, None, 2)
+    assert rows.shape == (3, 32)
+    assert rows[:, 0].tolist() == [7] * 3
+    assert 7 not in rows[:, 1:]
+    assert torch.equal(rows[:, 1:].flatten(), _tokens(asked, None)[: 3 * 31])
+
+
+def test_without_matplotlib_all_is_measured_and_nothing_drawn(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    options = ["--window-size", "256", "--problems", "1", "--output", tmp_path]
+    found, said = evaluate(base, "mqar", "niah_single_1", *options)
+    assert [result["test"] for result in found] == ["mqar", "niah_single_1"]
+    assert said.count("Install matplotlib for plots") == len(found)
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_what_cannot_be_measured_ends_nothing_else(base, tmp_path):

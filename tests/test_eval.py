@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_sleep import SleepForCausalLM
-from hf_sleep.data import MQAR, LongText
+from hf_sleep.data import MQAR, KHop, LongText
 from hf_sleep.data.long_text import Told
 from hf_sleep.eval import Forgetting, PositionLosses, answers, forgetting, judge, loss_by_position, measure
 from hf_sleep.eval.position import FULL, WINDOW, ZEROED, asleep
 from hf_sleep.eval.report import forgetting_table, position_table
-from hf_sleep.eval.suite import run_test
+from hf_sleep.eval.suite import other_windows, run_test
 from hf_sleep.training import GenerationEvaluation
 
 L, T = 6, 21
@@ -305,15 +305,42 @@ def test_the_same_bytes_are_spent_on_the_latest_tokens(asked, monkeypatch):
 
 def test_where_eviction_keeps_tokens_the_last_window_has_them(asked, monkeypatch):
     _, task, rows = asked
-    for eviction, before in (("sliding", L - 1), ("hard+sink", 2), ("hard", 0)):
+    for eviction, sinks, before in (
+        ("sliding", 0, L - 1),
+        ("hard+sink", 2, 0),
+        ("hard", 0, 0),
+        ("sliding+sink", 2, L - 1),
+    ):
         model = make_model("llama", settings("llama", eviction), torch.double)
         read = answers.read_by("last_window", model, rows)
-        assert [row["input_ids"] for row in read] == [row["input_ids"][2 * L - before :] for row in rows]
+        for row, mine in zip(rows, read, strict=True):
+            assert mine["input_ids"] == row["input_ids"][:sinks] + row["input_ids"][2 * L - before :]
+            assert len(mine["labels"]) == len(mine["input_ids"])
+            assert answers.first_answer(mine) == answers.first_answer(row) - 2 * L + before + sinks
     slept = []
     model = make_model("llama", settings("llama", "sliding"), torch.double)
     with model.on_sleep(slept.append):
         answers._control("last_window", model, task, rows, 4)
     assert not slept
+
+
+def test_a_task_with_windows_of_another_length_says_so(asked):
+    model, task, _ = asked
+    assert other_windows(model, task) is None
+    said = (
+        "its text comes in windows of 7 tokens, and the model, which sleeps after 6, reads less than one of them before"
+    )
+    assert other_windows(model, KHop(num_nodes=5)) == f"{said} a sleep"
+
+
+def test_a_text_begins_as_the_tokenizer_lets_it_begin():
+    ids, model = tokens(40 * L), make_model("llama", settings("llama"), torch.double)
+    told = []
+    handle = model.lm.get_input_embeddings().register_forward_hook(lambda m, args, out: told.append(args[0]))
+    forgetting(model, ids, (1,), texts=2, sleep_passes=1, batch_size=2, start=[7, 8])
+    handle.remove()
+    for row, at in zip(told[0], (0, 20 * L), strict=True):
+        assert row.tolist() == [7, 8, *ids[at:][: row.shape[0] - 2].tolist()]
 
 
 def test_what_has_no_positions_is_left_out_and_said(asked):

@@ -87,6 +87,10 @@ def test_how_to_sleep_can_be_said(recipe, base, tmp_path):
     assert all(parameter.requires_grad for parameter in model.between.parameters())
     model.save_pretrained(tmp_path)
     assert shared.load(parse(["--model", str(tmp_path)])).config.sleep.decay_once
+    for given, decays_once in (([], True), (["--no-decay-once"], False), (["--decay-once", "false"], False)):
+        options = parse(["--model", str(tmp_path), *given])
+        shared.complete(options)
+        assert options.decay_once == shared.load(options).config.sleep.decay_once == decays_once
 
 
 @pytest.mark.parametrize("seed", [0, 1])

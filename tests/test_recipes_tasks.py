@@ -101,6 +101,13 @@ def test_a_pretrained_model_is_made_once_and_retrofitted_arm_by_arm(recipe, tmp_
     written = {file: file.stat().st_mtime_ns for file in [*output.glob("*.json"), base / "model.safetensors"]}
     assert module.main([*command, "--arms", "all"]) == [r for r in results if r["arm"] == "all"]
     assert {file: file.stat().st_mtime_ns for file in written} == written
+    others = {"batch-size 8": "4, 8", "block-kind jet": "jet", "muon-learning-rate 0": "0.06, None"}
+    others |= {"num-nodes 6": "20, 24", "layers 8": "4, 8", "num-names 9": "vocab_size"}
+    for other, said in others.items():
+        with pytest.raises(SystemExit, match=f"was made with other settings, .*{said}"):
+            module.main([*command, "--arms", "all", *f"--{other}".split()])
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert module.rates(module.Arguments(muon_learning_rate=0.0), "whole")[0] == 0.0
     with pytest.raises(SystemExit):
         module.main([*command, "--arms", "most"])
 

@@ -22,6 +22,12 @@ def test_the_page_reads_asks_and_forgets(monkeypatch):
     *_, (session, shown, text) = read(None, words(450), None)
     assert "<b>2</b> sleeps" in shown
     assert len(ask(session, "w1 w2", text)) == 2
+    handed = []
+    monkeypatch.setattr(app.SleepSession, "ask", lambda self, *a, **k: handed.append(self.report().tokens) or "")
+    for question in ("w1", words(190)):
+        ask(session, question, text)
+    monkeypatch.undo()
+    assert handed == [451, 1 + 200 - 1 - 48 - 64, 451, 0], "what is awake reads the end of the text, never all of it"
     assert Path(download(session)).stat().st_size > 1000
     assert forget(session)[0] is None
     assert session.report().tokens == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 from transformers import AutoTokenizer
 
-from hf_sleep import AutoModelForSleepLM, SleepConfig, SleepSession
+from hf_sleep import AutoModelForSleepLM, SleepSession
 
 MODEL = os.environ.get("HF_SLEEP_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 ANSWER = {"max_new_tokens": 48, "do_sample": False}
@@ -20,6 +20,14 @@ INTRO = """# A model that sleeps
 When its window is full, the model runs over it again, writes it into **fast weights** of fixed size, and drops its
 keys and values. Blocks that were never trained remember nothing of what they slept on: load a trained checkpoint
 (`HF_SLEEP_MODEL`) to see it remember."""
+
+
+def tokenizer_of(name: str, model):
+    """The checkpoint's, or its base's where it holds new weights alone."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(model.config.base_model_name_or_path)
 
 
 def bar(session: SleepSession) -> str:
@@ -54,7 +62,8 @@ def page(model, tokenizer) -> gr.Blocks:
             raise gr.Error("Read a text first, then ask.")
         awake = SleepSession(model, tokenizer)
         room = model.config.sleep.window_size - len(tokenizer(question).input_ids) - ANSWER["max_new_tokens"] - 64
-        awake.read(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[-room:], progress=False)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        awake.read(ids[max(0, len(ids) - max(0, room)) :], progress=False)
         return session.ask(question, **ANSWER), awake.ask(question, **ANSWER)
 
     def download(session):
@@ -96,8 +105,9 @@ def page(model, tokenizer) -> gr.Blocks:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--window-size", type=int, default=256)
+    parser.add_argument("--window-size", type=int, help="in tokens; by default the checkpoint's, of a base 512")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
-    loaded = AutoModelForSleepLM.from_pretrained(options.model, sleep=SleepConfig(window_size=options.window_size))
-    page(loaded, AutoTokenizer.from_pretrained(options.model)).launch(server_port=options.port)
+    asked = None if options.window_size is None else {"window_size": options.window_size}
+    loaded = AutoModelForSleepLM.from_pretrained(options.model, sleep=asked)
+    page(loaded, tokenizer_of(options.model, loaded)).launch(server_port=options.port)

@@ -151,9 +151,13 @@ class Report:
             write_file(self.folder / "eval.md", f"# {self.asked.name}\n\n" + "\n".join(self.pages))
 
     def plot(self, title: str, draw: Callable[[Path], None]) -> None:
-        """Draw what was added."""
-        if self.folder is not None:
+        """Draw what was added, where there is a folder and matplotlib."""
+        if self.folder is None:
+            return
+        try:
             draw(self.folder / f"{title.replace(', ', '-').replace(' ', '-')}.png")
+        except ImportError as error:
+            say(f"Not drawn: {title}: {one_line(error)}. Install matplotlib for plots.")
 
     def to_dict(self) -> dict[str, Any]:
         from ..info import describe
@@ -198,13 +202,14 @@ def _measure_position(report: Report, text: str | None, windows: Sequence[int]) 
 
 
 def _measure_forgetting(report: Report, text: str | None, windows: Sequence[int]) -> None:
+    from ..data.words import start_of
     from ..eval import forgetting
     from ..eval.report import forgetting_table, plot_forgetting
 
     asked = report.asked
-    tokens = _tokens(asked, text)
+    tokens, start = _tokens(asked, text), start_of(asked.tokenizer)
     for passes in asked.passes:
-        found = forgetting(asked.model, tokens, windows, asked.problems, passes, asked.batch_size)
+        found = forgetting(asked.model, tokens, windows, asked.problems, passes, asked.batch_size, start)
         title = f"forgetting, N {passes}"
         table = f"{forgetting_table(found)}\n\n{number(len(found.losses), 'text')}."
         report.add(title, table, {"test": FORGETTING, "N": passes} | found.to_dict())
@@ -231,17 +236,25 @@ def _tokens(asked: Asked, text: str | None) -> "torch.Tensor":
     import torch
 
     own = "\n\n".join(pydoc_data.topics.topics.values())
-    ids = asked.tokenizer(own if text is None else text, verbose=False).input_ids
+    ids = asked.tokenizer(own if text is None else text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids[int(len(ids) * (1 - HELD_OUT)) :] if text is None else ids)
 
 
 def _text_rows(asked: Asked, text: str | None, windows: int) -> "torch.Tensor":
-    """Rows `[R, windows · L]` of a text, or of our own: as many as it has, and as there are problems."""
-    length, ids = windows * asked.model.config.sleep.window_size, _tokens(asked, text)
+    """Rows `[R, windows · L]` of a text, or of our own: as many as it has, and as there are problems.
+
+    Each begins as the tokenizer lets a text begin.
+    """
+    import torch
+
+    from ..data.words import start_of
+
+    start, ids = torch.tensor(start_of(asked.tokenizer), dtype=torch.long), _tokens(asked, text)
+    length = windows * asked.model.config.sleep.window_size - len(start)
     rows = min(len(ids) // length, asked.problems)
     if not rows:
         raise ValueError(f"the text has {len(ids)} tokens, and a row {length}: give more --text, or fewer --windows")
-    return ids[: rows * length].view(rows, length)
+    return torch.cat((start.expand(rows, -1), ids[: rows * length].view(rows, length)), 1)
 
 
 def _tasks(
@@ -265,9 +278,11 @@ def _tasks(
 
 def _run(report: Report, name: str, title: str, tasks: "Sequence[Task]") -> None:
     from ..eval.report import lines_of, plot_scores, table
-    from ..eval.suite import axis, run_test
+    from ..eval.suite import axis, other_windows, run_test
 
     asked = report.asked
+    for remark in {other_windows(asked.model, task) for task in tasks} - {None}:
+        say(f"Note: {title}: {remark}.")
     found = run_test(asked.model, name, tasks, asked.passes, asked.problems, asked.batch_size, asked.seed)
     for control, reason in found.left_out.items():
         say(f"Left out: {title}, {control}: {reason}.")

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..labels import IGNORED
+from .words import start_of
 
 BEFORE, AFTER = '\n\nOnce more, from "', '" on:'
 """Words around the tokens that a question gives of the passage that it asks for."""
@@ -121,7 +122,7 @@ class TextRows(Dataset):
         self.reconstruct, self.sleep_at_ends = reconstruct, sleep_at_ends
         self.windows = [windows for _, windows in stages]
         self.until = list(accumulate(rows for rows, _ in stages))
-        self.start = list(tokenizer("")["input_ids"])
+        self.start = start_of(tokenizer)
         self.before, self.after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (BEFORE, AFTER))
         self.given, self.asked = max(2, window_size // 16), max(4, window_size // 4)
         self._check()

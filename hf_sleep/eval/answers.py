@@ -31,14 +31,23 @@ def first_answer(row: Row) -> int:
     return next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
 
 
-def last_window(row: Row, window_size: int, before: int = 0) -> Row:
-    """A row without what came before the window in which its first answer is asked for, but for `before` tokens."""
+def last_window(row: Row, window_size: int, before: int = 0, sinks: int = 0) -> Row:
+    """A row without what came before the window in which its first answer is asked for.
+
+    Args:
+        row: whole.
+        window_size: L.
+        before: of the tokens before that window, how many of the last stay.
+        sinks: how many of the row's first tokens stay.
+    """
     sleeps, start = row.get("sleep_after", [0] * len(row["input_ids"])), 0
     for i in range(first_answer(row)):
         if i == start + window_size or (i and sleeps[i - 1]):
             start = i
     start = max(0, start - before)
-    return row | {name: row[name][start:] for name in ("labels", *COLUMNS) if name in row}
+    if start <= sinks:
+        return row
+    return row | {name: [*row[name][:sinks], *row[name][start:]] for name in ("labels", *COLUMNS) if name in row}
 
 
 def without_sleep(row: Row) -> Row:
@@ -163,10 +172,12 @@ def _control(name: str, model: SleepForCausalLM, task: Task, rows: Sequence[Row]
 def read_by(control: str, model: SleepForCausalLM, rows: Sequence[Row]) -> list[Row]:
     """The part of rows that a control reads."""
     size, whole = model.config.sleep.window_size, max(len(row["input_ids"]) for row in rows)
-    retained = model.config.sleep.make_eviction().most_retained
-    before = {"full": whole, "last_window": retained, "same_bytes": same_bytes(model)}[control]
-    read = [last_window(row, size, before) for row in rows]
-    return read if control == "last_window" and not retained else list(map(without_sleep, read))
+    eviction = model.config.sleep.make_eviction()
+    if control == "last_window":
+        read = [last_window(row, size, eviction.recent, eviction.num_sink_tokens) for row in rows]
+        return list(map(without_sleep, read)) if eviction.most_retained else read
+    before = {"full": whole, "same_bytes": same_bytes(model)}[control]
+    return [without_sleep(last_window(row, size, before)) for row in rows]
 
 
 def longest(task: Task, rows: Sequence[Row]) -> int:

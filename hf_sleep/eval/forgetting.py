@@ -64,6 +64,7 @@ def forgetting(
     texts: int,
     sleep_passes: int,
     batch_size: int = 1,
+    start: Sequence[int] = (),
 ) -> Forgetting:
     """Read four windows of a text, then windows of others, and measure the loss in the text's next window.
 
@@ -75,6 +76,7 @@ def forgetting(
         texts: the most of them; no more than there is room for.
         sleep_passes: N.
         batch_size: of them are read at once.
+        start: tokens that each of them begins with, as the tokenizer has it.
 
     Raises:
         ValueError: tokens that are too few; a number of windows below 0, or of texts or rows below 1.
@@ -94,9 +96,10 @@ def forgetting(
     texts = min(texts, len(tokens) // length)
     circle = torch.cat((tokens, tokens))
     starts = [i * (len(tokens) // texts) for i in range(texts)]
-    told = torch.stack([circle[start:][:length] for start in starts])
-    far = [(start + len(tokens) // 2) % len(tokens) for start in starts]
-    others = torch.stack([circle[start:][: between[-1] * size] for start in far])
+    begin = tokens.new_tensor(start)
+    told = torch.stack([torch.cat((begin, circle[i:][: length - len(begin)])) for i in starts])
+    far = [(i + len(tokens) // 2) % len(tokens) for i in starts]
+    others = torch.stack([circle[i:][: between[-1] * size] for i in far])
     found = [
         _of_batch(model, mine.to(model.device), theirs.to(model.device), between, sleep_passes)
         for mine, theirs in zip(told.split(batch_size), others.split(batch_size), strict=True)

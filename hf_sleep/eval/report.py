@@ -1,10 +1,12 @@
 """What was measured, as tables in Markdown and as plots."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_file
 from .answers import Score
 from .forgetting import Forgetting
 from .position import FULL, WINDOW, ZEROED, PositionLosses
@@ -103,7 +105,7 @@ def plot_positions(found: PositionLosses, path: Path) -> None:
         axes.plot(x, [part.mean().item() for part in parts], STYLES.get(reads, "-"), label=reads)
     axes.set(xlabel=f"position in windows of {found.window_size} tokens", ylabel="next-token loss in nats")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_forgetting(found: Forgetting, path: Path) -> None:
@@ -121,7 +123,7 @@ def plot_forgetting(found: Forgetting, path: Path) -> None:
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(-0.1, 1.2 * found.between[-1])
     axes.set_xticks(found.between, [str(windows) for windows in found.between])
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_scores(lines: Mapping[str, Sequence[Score]], difficulty: str, path: Path) -> None:
@@ -146,7 +148,13 @@ def plot_scores(lines: Mapping[str, Sequence[Score]], difficulty: str, path: Pat
     axes.set(xlabel=difficulty, ylabel="accuracy", ylim=(-0.02, 1.02), xscale="log" if is_wide else "linear")
     axes.set_xticks(x, [str(value) for value in x])
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format=path.suffix[1:] or None)
+    write_file(path, file.getvalue())
 
 
 def _figure() -> tuple[Any, Any]:

@@ -136,6 +136,15 @@ def _left_out(model: SleepForCausalLM, asked: Sequence[tuple[Task, Sequence[Row]
             yield name, f"it would read {length} tokens, and the base has {most} positions"
 
 
+def other_windows(model: SleepForCausalLM, task: Task) -> str | None:
+    """Say that a task means other parts of its text to be slept on than the model will sleep on, where it does."""
+    size, own = model.config.sleep.window_size, getattr(task, "window_size", None)
+    if own in (None, size):
+        return None
+    what = "more than one of them before the first sleep" if own < size else "less than one of them before a sleep"
+    return f"its text comes in windows of {own} tokens, and the model, which sleeps after {size}, reads {what}"
+
+
 def make_task(test: str, settings: Mapping[str, Any], size: Size | None = None) -> Task:
     """A task of the recipes by its name.
 

@@ -61,8 +61,10 @@ def parse(
     for name, settings in (positional or {}).items():
         parser.add_argument(name, **settings)
     for each in dataclasses.fields(kind):
-        if each.type is bool and not each.default:
-            # A preset may have switched it on.
+        if each.type in (bool, bool | None) and not each.default:
+            # A preset, or a checkpoint, may have switched it on.
+            parser._option_string_actions[f"--{each.name.replace('_', '-')}"].nargs = "?"
+            parser._option_string_actions[f"--{each.name.replace('_', '-')}"].const = True
             off = f"--no-{each.name.replace('_', '-')}"
             parser.add_argument(
                 off, dest=each.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS

@@ -54,7 +54,7 @@ class Retrofit(InParts):
         None, "a b: layers a to b - 1 run N times; None: the middle third, or the base's"
     )
     between: str | None = argument(None, "step between passes: none or gate; None: the base's")
-    decay_once: bool = argument(False, "passes 2 to N do not decay; by default as the checkpoint was trained")
+    decay_once: bool | None = argument(None, "passes 2 to N do not decay; None: no, or as the checkpoint was trained")
     num_blocks: int | None = argument(
         None, "new blocks, evenly spaced in the loop; None: one per four layers, and none in a hybrid"
     )
@@ -111,7 +111,8 @@ def complete(options: Retrofit, **of_a_base: Any) -> None:
         of_a_base: what a base gets instead.
     """
     config = AutoConfig.from_pretrained(options.model)
-    small = {"window_size": 64, "sleep_passes": 2, "eviction": "hard", "num_sink_tokens": 0} | of_a_base
+    small: dict[str, Any] = {"window_size": 64, "sleep_passes": 2, "eviction": "hard"}
+    small |= {"num_sink_tokens": 0, "decay_once": False} | of_a_base
     defaults = {name: getattr(config.sleep, name) for name in small} if isinstance(config, SleepLMConfig) else small
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -120,7 +121,7 @@ def complete(options: Retrofit, **of_a_base: Any) -> None:
 
 def load(options: Retrofit) -> SleepForCausalLM:
     given = {name: getattr(options, name) for name in SLEEP_FIELDS}
-    sleep = {name: value for name, value in given.items() if value is not None and value is not False}
+    sleep = {name: value for name, value in given.items() if value is not None}
     if options.block_half_lives == [0, 0]:
         sleep["block_half_lives"] = None  # the kind's own
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...labels import IGNORED
 from ..task import Row, Task
+from ..words import start_of
 from .graph import MAX_VALUE, MODES, TOLD, draw_graph, majority
 from .text import PLACES, Names, Problem, endless_distractors
 from .words import NUM_NAMES, TEMPLATES
@@ -30,7 +31,7 @@ def count(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 @lru_cache(maxsize=1)  # a prompt is counted first, and then made a row of
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(tokenizer(text, verbose=False)["input_ids"])
+    return (*start_of(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True)
