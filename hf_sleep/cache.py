@@ -136,10 +136,13 @@ class SleepCache(Cache):
         return -1
 
     def select_rows(self, index: torch.Tensor) -> None:
-        """Keep rows `index` (`[B']`, any order, repeats allowed)."""
+        """Keep rows `index` (`[B']`, any order, repeats allowed; negative ones count from the end)."""
         if self.is_empty:
             return
-        self.memory = self.memory.select(index.tolist())
+        rows = self.batch_size
+        if wrong := [i for i in index.tolist() if not -rows <= i < rows]:
+            raise IndexError(f"row {wrong[0]} of a cache with {rows} rows")
+        self.memory = self.memory.select([i % rows for i in index.tolist()])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow a beam search: row i becomes the old row `beam_idx[i]`."""

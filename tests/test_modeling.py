@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import json
 import pickle
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sleep import SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM
 from hf_sleep.compat import CACHE, CHECKPOINTING
 from hf_sleep.modeling import compiling as modeling_module
 
@@ -672,3 +673,100 @@ def test_an_empty_tensor_asks_for_no_logits(eviction):
         assert torch.equal(model(ids[:, :3], cache=unasked).logits, model(ids[:, :3], cache=asked).logits)
     with pytest.raises(ValueError, match="logits_to_keep says that nothing is asked, and labels ask for a loss"):
         model(ids, labels=ids, logits_to_keep=nothing)
+
+
+# What a base's config says, and who watches.
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite", "stablelm", "glm4", "cohere"])
+@pytest.mark.parametrize("stray", [{"sliding_window": 4}])
+def test_what_a_family_s_config_does_not_have_its_model_does_not_read(family, stray, tmp_path):
+    base = make_base(family)
+    base.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | stray), encoding="utf-8")
+    model = AutoModelForSleepLM.from_pretrained(tmp_path, sleep={"window_size": 64}).eval()
+    ids = tokens(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+        assert torch.equal(model.lm(ids).logits, base(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_a_base_that_reads_ahead_is_refused(family):
+    base = make_base(family)
+    base.config.is_causal = False
+    with pytest.raises(ValueError, match=r"text_config\.is_causal=False: such a model reads ahead"):
+        SleepForCausalLM.from_base(base)
+
+
+def test_block_masks_are_not_made():
+    model = make_model("llama", sleep_config("llama"))
+    model.lm.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation='flex_attention' takes block masks"):
+        model(tokens(3)[None])
+
+
+def test_embeddings_are_dropped_in_training_as_the_base_drops_them():
+    model = make_model("starcoder2", sleep_config("starcoder2", window_size=6))
+    model.lm.config.embedding_dropout = model.lm.model.embedding_dropout = 0.5
+    ids = tokens(9)[None]
+    drawn = []
+    for training in (True, True, False):
+        torch.manual_seed(3)
+        drawn.append(model.train(training).decoder.embed(ids))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[2], model.lm.model.embed_tokens(ids))
+    torch.manual_seed(3)
+    plain = torch.nn.functional.dropout(drawn[2], 0.5)
+    assert torch.equal(drawn[0], plain)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_stands_at_pads_of_the_caller_s_embeddings_is_never_read(side):
+    model = make_model("llama", sleep_config("llama", window_size=6), torch.double)
+    rows = [tokens(13), tokens(5, 1), tokens(9, 2)]
+    ids, mask = pad(rows, side)
+    embeds = model.lm.get_input_embeddings()(ids).detach()
+    expected = model(ids, attention_mask=mask).logits
+    embeds[mask == 0] = float("nan")
+    logits = model(inputs_embeds=embeds, attention_mask=mask).logits
+    assert torch.equal(logits[mask == 1], expected[mask == 1])
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_not_watched_by_who_watches_the_model(how):
+    model, heard = make_model("llama", sleep_config("llama", window_size=6)), []
+    with model.on_sleep(heard.append), model.register_pass_hook(heard.append):
+        copied = how(model)
+        copied(tokens(13)[None])
+        assert not heard
+        model(tokens(13)[None])
+        assert heard
+
+
+def test_rows_of_a_cache_count_from_the_end_too():
+    model, cache = make_model("llama", sleep_config("llama", window_size=6)), SleepCache()
+    model(torch.stack([tokens(8), tokens(8, 1)]), cache=cache)
+    logits = []
+    for row in (-1, 1):
+        last = cache.fork()
+        last.batch_select_indices(torch.tensor([row]))
+        logits.append(model(tokens(3)[None], cache=last).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(IndexError, match="row 2 of a cache with 2 rows"):
+        cache.batch_select_indices(torch.tensor([2]))
+
+
+def test_training_without_the_routers_loss_is_said_once(caplog):
+    modeling_module.logger.warning_once.cache_clear()
+    model = make_model("mixtral", sleep_config("mixtral", window_size=6))
+    model.config.text_config.output_router_logits = True
+    ids = tokens(13)[None]
+    model.eval()(ids)
+    assert "output_router_logits" not in caplog.text
+    for _ in range(2):
+        model.train()(ids, labels=ids)
+    assert caplog.text.count("output_router_logits=True asks for a loss") == 1

@@ -145,7 +145,7 @@ class Comparison:
         self, trace: Trace, x: torch.Tensor, positions: torch.Tensor, pasts: list[KV | None], real: torch.Tensor
     ) -> tuple[torch.Tensor, list[KV | None]]:
         """Run all layers after what they hold in `pasts`, and compare each with the base's."""
-        ropes = {kind: self.decoder.rope(x, positions, kind) for kind in set(self.decoder.kinds)}
+        ropes = {kind: self._rope(x, positions, kind) for kind in set(self.decoder.kinds)}
         now: list[KV | None] = []
         for i, (kind, past) in enumerate(zip(self.decoder.kinds, pasts, strict=True)):
             if i:
@@ -181,7 +181,7 @@ class Comparison:
             for first in (9, 0, 14):
                 positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
                 mask = self._mask(kind, x, 0, torch.ones_like(ids))
-                pairs.append(self._layer(i, x, self.decoder.rope(x, positions, kind), mask, None)[1])
+                pairs.append(self._layer(i, x, self._rope(x, positions, kind), mask, None)[1])
             keys, values = pairs[0]
             for by, other in ((-9, pairs[1]), (5, pairs[2])):
                 if not torch.equal(values, other.values):
@@ -196,6 +196,12 @@ class Comparison:
                     self._fail(
                         "keys", f"the keys of layer {i}, shifted by {by} positions, are off by {off:.3g} of the largest"
                     )
+
+    def _rope(self, x: torch.Tensor, positions: torch.Tensor, kind: str) -> Any:
+        try:
+            return self.decoder.rope(x, positions, kind)
+        except Exception as error:
+            self._fail("RoPE", f"RoPE of {kind} layers cannot be made alone ({type(error).__name__}: {error})", error)
 
     def _layer(self, index: int, x: torch.Tensor, rope: Any, mask: Any, past: KV | None) -> tuple[torch.Tensor, KV]:
         kv = Append(past)

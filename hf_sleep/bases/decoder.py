@@ -1,5 +1,7 @@
 """The contract of a family's adapter, which runs a base model's decoder layers one by one."""
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +20,36 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 """An attention layer's `position_embeddings`: cos and sin, `[B, T, D]`; `None` where they want none."""
 
 
+@functools.cache
+def _has_field(kind: Any, name: str) -> bool:
+    return hasattr(kind, name) or name in inspect.signature(kind).parameters
+
+
+def _field(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a config; `None` where its class has none of that name, so that its model does not read it."""
+    kind: Any = type(config)
+    return getattr(config, name, None) if _has_field(kind, name) else None
+
+
+def _refuse_attention(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for a base that reads ahead, or that computes attention in a way that cannot be used here."""
+    if getattr(config, "is_causal", True) is False:
+        raise ValueError(
+            "text_config.is_causal=False: such a model reads ahead, so it cannot sleep on what it has read; only "
+            "causal decoders work"
+        )
+    implementation = config._attn_implementation
+    why = {
+        "flex_attention": "takes block masks, which are not made here",
+        "paged": "reads a paged KV cache, which cannot hold fast weights",
+    }.get(implementation.partition("|")[0])
+    if why:
+        raise ValueError(f"attn_implementation={implementation!r} {why}: load the base with attn_implementation='sdpa'")
+
+
 @register_base(
     *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "phi3", "gemma"),
-    *("gemma2", "starcoder2", "stablelm", "nemotron", "seed_oss", "arcee", "apertus"),
+    *("gemma2", "stablelm", "nemotron", "seed_oss", "arcee", "apertus"),
 )
 class Decoder:
     """Runs the parts of a Llama-shaped base: `lm.model.{embed_tokens,layers,norm,rotary_emb}` and `lm.lm_head`.
@@ -58,8 +87,7 @@ class Decoder:
     @classmethod
     def layer_kinds(cls, config: PreTrainedConfig) -> list[str]:
         """The kind of every decoder layer, in order."""
-        types = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None)
+        types, window = (_field(config, name) for name in ("layer_types", "sliding_window"))
         default = "sliding_attention" if types is None and window is not None else "full_attention"
         return list(types or [default] * config.num_hidden_layers)
 
@@ -77,11 +105,7 @@ class Decoder:
         return getattr(config, "default_loop_layers", None) or middle_third(cls.layer_kinds(config))
 
     def __init__(self, lm: PreTrainedModel):
-        if lm.config._attn_implementation.startswith("paged|"):
-            raise ValueError(
-                f"attn_implementation={lm.config._attn_implementation!r} reads a paged KV cache, which cannot hold "
-                "fast weights: load the base with attn_implementation='sdpa'"
-            )
+        _refuse_attention(lm.config)
         self.lm = lm
         self.config = lm.config
         self.model: Any = lm.model

@@ -1,6 +1,7 @@
-"""Families that scale their embeddings or logits."""
+"""Families that scale their embeddings or logits, or drop of the former."""
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from ..registry import register_base
@@ -36,3 +37,11 @@ class Cohere2Decoder(CohereDecoder, PartlyRotatedDecoder):
     @classmethod
     def rotates(cls, config: PreTrainedConfig, index: int) -> bool:
         return config.layer_types[index] == "sliding_attention"
+
+
+@register_base("starcoder2")
+class DroppedEmbeddingsDecoder(Decoder):
+    """StarCoder 2: in training, embeddings go through dropout."""
+
+    def first_input(self, embeds: torch.Tensor) -> torch.Tensor:
+        return F.dropout(embeds, p=self.config.embedding_dropout, training=self.model.training)

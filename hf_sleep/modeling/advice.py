@@ -42,6 +42,11 @@ class Advice:
         size = model.config.sleep.window_size
         if model.training:
             self.is_fresh = False
+            if getattr(model.config.text_config, "output_router_logits", False):
+                logger.warning_once(
+                    "text_config.output_router_logits=True asks for a loss that keeps the experts balanced, and a "
+                    "model that sleeps has none: it learns next tokens alone. Freeze the routers, or set it to False"
+                )
         if not any(row.fill + n > size for row, n in zip(memory.counters, layout.counts, strict=True)):
             return
         if not model.training and looks_at_weights:

@@ -323,7 +323,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         ends = ends_of(sleep_after, layout)
 
         sleeper = self._sleeper(cache)
-        embeds: Any = inputs_embeds
+        embeds: Any = layout.zeroed(inputs_embeds)
         x = sleeper.decoder.first_input(embeds) if input_ids is None else sleeper.decoder.embed(input_ids)
         warn_if_emulated(x)
         memory = memory if memory.counters else sleeper.empty(len(x), x.dtype)
@@ -374,7 +374,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         """Sleep now, on windows that are not full: in idle time, or at the end of a document.
 
         Args:
-            cache: is moved on; rows that have read nothing since their last sleep are left alone.
+            cache: is moved on, in eval mode without a graph; rows that have read nothing since a sleep are left alone.
             sleep_passes: N, or a policy; by default the config's. Each window was already read once, so N runs N - 1
                 passes.
 

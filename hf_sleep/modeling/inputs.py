@@ -79,6 +79,10 @@ class Layout:
         index = (column + torch.tensor(self.start, device=t.device).unsqueeze(1)).clamp(max=self.width - 1)
         return torch.take_along_dim(t, index.view(*index.shape, *(1,) * (t.dim() - 2)), dim=1)
 
+    def zeroed(self, t: Any) -> Any:
+        """`[B, width, C]` with zeros at pads, where there may be anything, NaN too; `None` as it is."""
+        return t if t is None or self.is_full else t.masked_fill(~self.mask().to(t.device).unsqueeze(-1), 0)
+
     def lengthened(self, longest: int) -> "Layout":
         """Lengthen the longest row to `longest` tokens: those after its end count as real."""
         row = max(range(len(self.counts)), key=self.counts.__getitem__)

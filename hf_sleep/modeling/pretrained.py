@@ -1,6 +1,7 @@
 """Building blocks that a sleeping model and its new weights alone have in common."""
 
 import hashlib
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ class SleepPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: Any = None
     _supports_sdpa = True
     _supports_flash_attn = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without those who watch this model."""
+        hooks = self.__dict__.keys() & {"_sleep_hooks", "_pass_hooks"}
+        return self.__dict__ | {name: OrderedDict() for name in hooks}
 
     @property
     def device(self) -> torch.device:
