@@ -65,7 +65,8 @@ class AutoModelForSleepLM:
         check_keywords(kwargs, config)
         base, report = _load_base(pretrained_model_name_or_path, kwargs)
         model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
-        model.config.base_source = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)} or None
+        if source := {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}:
+            model.config.base_source = {"of": model.config.base_model_name_or_path} | source
         if report is None:
             return model
         new = {name for name in model.state_dict() if name.startswith(NEW_WEIGHTS)}

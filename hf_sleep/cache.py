@@ -8,6 +8,7 @@ import torch
 from transformers import Cache
 
 from .memory import KV, FastWeights, Memory
+from .placement import is_sharded
 
 
 def unwrapped(model: Any) -> Any:
@@ -60,7 +61,7 @@ class SleepCache(Cache):
         Raises:
             ValueError: another dtype, looped layers or sinks than what was read, or a window that is full already.
         """
-        if model.dtype != self._dtype:
+        if model.dtype != self._dtype and not is_sharded(model):  # which is in another while it is gathered
             raise ValueError(
                 f"the cache was read by a model in {self._dtype}, which is in {model.dtype} now: move it back with "
                 f"model.to({self._dtype}), or start with an empty SleepCache"

@@ -19,6 +19,7 @@ from .store import SleepStore
 from .turns import MODEL, READER, Turns
 
 Passes = int | PassPolicy | None
+LENGTHS = ("max_length", "max_new_tokens")
 MAX_NEW_TOKENS = 128
 """Of an answer, where nothing else is said."""
 
@@ -232,7 +233,7 @@ class Steps:
     def ends_without_a_token(self, generation: dict[str, Any]) -> bool:
         """Whether something other than a token ends an answer, and no token does."""
         others = "stopping_criteria" in generation or self._asked_of("stop_strings", generation)
-        return bool(others) and not self._settings(generation)[1]
+        return bool(others) and self._settings(generation)[1] in (None, [])
 
     @property
     def _has_named_passes(self) -> bool:
@@ -257,12 +258,12 @@ class Steps:
         return int(pad)
 
     def _max_new_tokens(self, generation: dict[str, Any]) -> int:
-        config = generation.get("generation_config")
-        for length in (generation.get("max_length"), getattr(config, "max_length", None)):
-            if length is not None:
-                raise ValueError(
-                    f"max_length={length}: it would count what the session has read. Pass max_new_tokens, of the answer"
-                )
+        mine = (generation, vars(generation.get("generation_config", object)))
+        length, new = (next((m[name] for m in mine if m.get(name) is not None), None) for name in LENGTHS)
+        if length is not None and new is None:  # beside the other, generate leaves it out
+            raise ValueError(
+                f"max_length={length}: it would count what the session has read. Pass max_new_tokens, of the answer"
+            )
         given = self._asked_of("max_new_tokens", generation)
         return MAX_NEW_TOKENS if given is None else int(given)
 

@@ -21,11 +21,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    PreTrainedConfig,
     Trainer,
     TrainingArguments,
 )
 
 from hf_sleep import AutoModelForSleepLM, SleepCache, SleepConfig, SleepForCausalLM
+from hf_sleep.bases import Decoder
 from hf_sleep.compat import CACHE, CHECKPOINTING
 from hf_sleep.modeling import compiling as modeling_module
 
@@ -690,6 +692,16 @@ def test_what_a_family_s_config_does_not_have_its_model_does_not_read(family, st
     with torch.no_grad():
         assert torch.equal(model(ids).logits, base(ids).logits)
         assert torch.equal(model.lm(ids).logits, base(ids).logits)
+
+
+def test_a_config_from_outside_may_hand_on_what_its_parent_reads():
+    class Handed(PreTrainedConfig):
+        def __init__(self, extra=1, **kwargs):
+            self.extra = extra
+            super().__init__(**kwargs)
+
+    assert Decoder.layer_kinds(Handed(num_hidden_layers=2, sliding_window=4)) == ["sliding_attention"] * 2
+    assert Decoder.layer_kinds(LlamaConfig(num_hidden_layers=2, sliding_window=4)) == ["full_attention"] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])

@@ -369,7 +369,9 @@ def test_new_weights_alone_know_where_in_a_folder_their_base_is(bases, tmp_path)
     assert_same_weights(AutoModelForSleepLM.from_pretrained(tmp_path / "new"), model)
     elsewhere = AutoModelForSleepLM.from_pretrained(tmp_path / "new", base_model_name_or_path=str(bases("llama")))
     assert_same_weights(elsewhere, model)
-    assert elsewhere.config.base_source is None
+    model.config.base_model_name_or_path = str(bases("llama"))
+    model.save_pretrained(tmp_path / "moved", only_sleep=True)
+    assert_same_weights(AutoModelForSleepLM.from_pretrained(tmp_path / "moved"), model)
     plain = AutoModelForSleepLM.from_pretrained(bases("llama"))
     assert "base_source" not in plain.config.to_dict()
 

@@ -22,11 +22,12 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 @functools.cache
 def _has_field(kind: Any, name: str) -> bool:
-    return hasattr(kind, name) or name in inspect.signature(kind).parameters
+    is_stock = kind.__module__.startswith("transformers.")  # others may hand on what their parent reads
+    return not is_stock or hasattr(kind, name) or name in inspect.signature(kind).parameters
 
 
 def _field(config: PreTrainedConfig, name: str) -> Any:
-    """A field of a config; `None` where its class has none of that name, so that its model does not read it."""
+    """A field of a config; `None` where transformers' class has none of that name, so that its model reads none."""
     kind: Any = type(config)
     return getattr(config, name, None) if _has_field(kind, name) else None
 

@@ -59,7 +59,7 @@ def forget_folders(folder: str | os.PathLike) -> None:
         config["base_model_name_or_path"] = None
     if hub_id(config["text_config"].get("_name_or_path")) is None:
         config["text_config"].pop("_name_or_path", None)
-    if config["base_model_name_or_path"] is None:
+    if hub_id((config.get("base_source") or {}).get("of")) is None:
         config.pop("base_source", None)
     write_file(path, json.dumps(config, indent=2) + "\n")
 

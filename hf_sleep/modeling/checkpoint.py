@@ -307,8 +307,6 @@ def _config_of(
         defaults = SleepLMConfig()
         names = [key for key in kwargs if key not in ("dtype", "torch_dtype") and hasattr(defaults, key)]
         fields = {key: kwargs.pop(key) for key in names}
-        if "base_model_name_or_path" in fields:
-            fields.setdefault("base_source", None)  # of another place
         config = SleepLMConfig.from_pretrained(name if given is None else given, **hub, **fields)
     check_keywords(kwargs, config.text_config)
     for key in kwargs:

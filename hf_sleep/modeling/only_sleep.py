@@ -90,7 +90,9 @@ def base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]
             "pass base_model_name_or_path=..."
         )
     asked = {key: kwargs[key] for key in (*BASE_KEYWORDS, *SHARED_KEYWORDS) if kwargs.get(key) is not None}
-    asked |= config.base_source or {}
+    found = dict(config.base_source or {})
+    if found.pop("of", None) == source:
+        asked |= found
     if kwargs.get("use_safetensors"):
         asked["use_safetensors"] = True
     if isinstance(asked.get("device_map"), dict):

@@ -116,9 +116,11 @@ def draw_blocks(model: Any, base: PreTrainedModel) -> None:
         module.to(compute_device(beside))
         for part in module.modules():
             part._is_hf_initialized = True
-    if (of_base := getattr(base, "hf_device_map", None)) is not None:
+    of_base = getattr(base, "hf_device_map", None) or {}
+    if len({*of_base.values()}) > 1 or "disk" in of_base.values():
         # By it transformers knows what to gather when it saves, and Trainer that it must not move anything.
         places = {module: compute_device(beside) for _, module, beside in drawn}
         new = {name: places[part] for name, part in model.named_modules() if part in places}
         model.hf_device_map = {f"lm.{name}".rstrip("."): device for name, device in of_base.items()}
-        model.hf_device_map |= {name: place.type if place.index is None else place.index for name, place in new.items()}
+        spelt = {torch.device(device): device for device in of_base.values() if device != "disk"}
+        model.hf_device_map |= {name: spelt.get(place, str(place)) for name, place in new.items()}

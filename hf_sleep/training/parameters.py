@@ -77,10 +77,10 @@ def kept_frozen(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterato
     try:
         yield
     finally:
-        for name in switches:
-            delattr(wrapper, name)
         for parameter in parameters:
             parameter.requires_grad_(True)
+        for name in switches:
+            vars(wrapper).pop(name, None)
 
 
 def refuse_sharded(model: nn.Module, who: str, instead: str) -> None:
