@@ -22,8 +22,9 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 @functools.cache
 def _has_field(kind: Any, name: str) -> bool:
-    is_stock = kind.__module__.startswith("transformers.")  # others may hand on what their parent reads
-    return not is_stock or hasattr(kind, name) or name in inspect.signature(kind).parameters
+    if not kind.__module__.startswith("transformers."):
+        return True  # it may hand on what its parent reads
+    return hasattr(kind, name) or name in kind.attribute_map or name in inspect.signature(kind).parameters
 
 
 def _field(config: PreTrainedConfig, name: str) -> Any:

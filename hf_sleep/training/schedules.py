@@ -160,7 +160,6 @@ class HardEvictionWarmup(DuringStep):
         return state.global_step < self.steps if self.steps is not None else state.epoch < self.epochs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control)
         refuse_sharded(model, "HardEvictionWarmup", "Train the two stages as two runs")
         unused = args.ddp_find_unused_parameters
         if args.world_size > 1 and (unused is False or (unused is None and getattr(args, CHECKPOINTING))):
@@ -175,6 +174,7 @@ class HardEvictionWarmup(DuringStep):
             raise ValueError(
                 "HardEvictionWarmup: all fast weights are frozen, and the first stage trains them alone: unfreeze some"
             )
+        super().on_train_begin(args, state, control)
 
     @contextmanager
     def change(self, state: Any, model: Any) -> Iterator[None]:
