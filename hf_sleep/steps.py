@@ -258,7 +258,7 @@ class Steps:
         return int(pad)
 
     def _max_new_tokens(self, generation: dict[str, Any]) -> int:
-        mine = (generation, vars(generation.get("generation_config", object)))
+        mine = (generation, vars(generation.get("generation_config") or object))
         length, new = (next((m[name] for m in mine if m.get(name) is not None), None) for name in LENGTHS)
         if length is not None and new is None:  # beside the other, generate leaves it out
             raise ValueError(

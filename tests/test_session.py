@@ -664,8 +664,8 @@ def test_a_length_that_would_count_the_past_is_refused():
     for how in ({"max_length": 9}, {"generation_config": GenerationConfig(max_length=9)}):
         with pytest.raises(ValueError, match="max_length=9: it would count what the session has read"):
             s.ask("w1", **how)
-    for config in ({}, {"generation_config": GenerationConfig(max_length=9, **GREEDY)}):
-        how = config or {"max_length": 9} | GREEDY
+    both = {"max_length": 9, "generation_config": None} | GREEDY
+    for how in (both, {"generation_config": GenerationConfig(max_length=9, **GREEDY)}):
         assert s.ask("w1", **how) == s.ask("w1", **GREEDY), "generate leaves it out, too"
 
 
