@@ -140,10 +140,10 @@ class SleepCache(Cache):
         """Keep rows `index` (`[B']`, any order, repeats allowed; negative ones count from the end)."""
         if self.is_empty:
             return
-        rows = self.batch_size
-        if wrong := [i for i in index.tolist() if not -rows <= i < rows]:
-            raise IndexError(f"row {wrong[0]} of a cache with {rows} rows")
-        self.memory = self.memory.select([i % rows for i in index.tolist()])
+        rows, chosen = self.batch_size, index.tolist()
+        if wrong := [i for i in chosen if not -rows <= i < rows]:
+            raise IndexError(f"row {wrong[0]} of a cache with {rows} rows: -{rows} to {rows - 1} work")
+        self.memory = self.memory.select([i % rows for i in chosen])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow a beam search: row i becomes the old row `beam_idx[i]`."""
