@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from shared.arguments import argument, parse
+from shared.finetuning import complete
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
@@ -31,15 +32,17 @@ from hf_sleep.training import freeze_all_but_fast_weights
 
 @dataclass
 class Arguments:
-    model: str = argument(".demo/SmolLM2-135M-Instruct", "Hub id or folder")
+    model: str = argument(".demo/SmolLM2-135M-Instruct", "Hub id or folder, of a base or of a model that sleeps")
     text: Path | None = argument(None, "text file; None: Python's language reference, from pydoc")
     steps: int = argument(20, "optimizer steps")
     batch_size: int = argument(2, "samples that a process reads at once")
     learning_rate: float = argument(1e-3, "of AdamW")
-    window_size: int = argument(128, "L, in tokens")
+    window_size: int | None = argument(None, "L, in tokens; None: 128, or as the checkpoint was trained")
     windows: int = argument(4, "windows per sample")
-    sleep_passes: int = argument(2, "N")
-    eviction: str = argument("hard", "what becomes of the KV", choices=("hard", "sliding"))
+    sleep_passes: int | None = argument(None, "N; None: 2, or as the checkpoint was trained")
+    eviction: str | None = argument(
+        None, "what becomes of the KV; None: hard, or as the checkpoint was trained", choices=("hard", "sliding")
+    )
     whole_model: bool = argument(False, "train the base too, not just the new blocks")
     checkpointing: bool = argument(False, "recompute passes in the backward, to save memory")
     output: Path = argument(Path("runs/finetune_text"), "a folder")
@@ -60,6 +63,7 @@ def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(Arguments, __doc__, arguments)
+    complete(options, window_size=128)
     set_seed(0)
     model: SleepForCausalLM = AutoModelForSleepLM.from_pretrained(
         options.model,

@@ -68,6 +68,10 @@ def test_a_text_is_read_through_sleep_and_the_base_stays(recipe, base, tmp_path,
     model, lm = AutoModelForSleepLM.from_pretrained(tmp_path / "run"), LlamaForCausalLM.from_pretrained(base)
     assert (model.config.sleep.window_size, model.config.sleep.sleep_passes) == (16, 2)
     assert all(torch.equal(model.lm.get_parameter(name), parameter) for name, parameter in lm.named_parameters())
+    trained = ["--model", str(tmp_path / "run"), *options[2:4], "--windows", "3", "--steps", "1", "--sleep-passes", "3"]
+    recipe("finetune_text").main([*trained, "--output", str(tmp_path / "further")])
+    further = AutoModelForSleepLM.from_pretrained(tmp_path / "further").config.sleep
+    assert (further.window_size, further.sleep_passes) == (16, 3)
     with pytest.raises(SystemExit, match="20 samples of 3000 are needed"):
         recipe("finetune_text").main([*options, "--windows", "300", "--window-size", "10"])
 

@@ -103,11 +103,11 @@ def parse_fine_tuning(
     return parse(kind, description, arguments, {name: native | each for name, each in (presets or {None: {}}).items()})
 
 
-def complete(options: Retrofit, **of_a_base: Any) -> None:
+def complete(options: Any, **of_a_base: Any) -> None:
     """Fill in how to sleep where nothing was said: as the checkpoint does; a base, as small as fits a CPU.
 
     Args:
-        options: are changed.
+        options: `model`, and what of `Retrofit` says how to sleep, which is changed.
         of_a_base: what a base gets instead.
     """
     config = AutoConfig.from_pretrained(options.model)
@@ -115,7 +115,7 @@ def complete(options: Retrofit, **of_a_base: Any) -> None:
     small |= {"num_sink_tokens": 0, "decay_once": False} | of_a_base
     defaults = {name: getattr(config.sleep, name) for name in small} if isinstance(config, SleepLMConfig) else small
     for name, value in defaults.items():
-        if getattr(options, name) is None:
+        if getattr(options, name, value) is None:
             setattr(options, name, value)
 
 
