@@ -114,13 +114,14 @@ def readers(trained: SleepForCausalLM, most: int) -> dict[str, SleepForCausalLM]
 
 
 def rows(tokenizer: Any, length: int) -> torch.Tensor:
-    """`[R, length]`, rows of this project's documentation."""
+    """`[R, length]`, rows from all over this project's documentation."""
     pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
     text, start = "\n\n".join(page.read_text(encoding="utf-8") for page in pages), start_of(tokenizer)
     ids, count = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], length - len(start)
     if len(ids) < ROWS * count:
         raise SystemExit(f"{ROWS} rows of {length} tokens: the documentation has {len(ids)}. Give fewer --windows")
-    return torch.tensor([start + ids[i * count : (i + 1) * count] for i in range(ROWS)])
+    apart = len(ids) // ROWS
+    return torch.tensor([start + ids[i * apart :][:count] for i in range(ROWS)])
 
 
 def forty(trained: SleepForCausalLM, tokenizer: Any, windows: int) -> Table:

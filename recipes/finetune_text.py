@@ -8,7 +8,7 @@
 """Train a model's fast-weight blocks through sleep on a text, with the plain Trainer.
 
 python recipes/finetune_text.py                                   # SmolLM2 as `make demo` left it, Python's docs
-python recipes/finetune_text.py --model Qwen/Qwen3-0.6B --text book.txt --sleep-passes 4 --whole-model
+python recipes/finetune_text.py --model Qwen/Qwen3-0.6B --text book.txt --sleep-passes 4
 accelerate launch recipes/finetune_text.py --steps 500
 
 Next-token loss on every window; a sample is several windows long, and all but the last of them sleep. The defaults take
@@ -36,13 +36,14 @@ class Arguments:
     text: Path | None = argument(None, "text file; None: Python's language reference, from pydoc")
     steps: int = argument(20, "optimizer steps")
     batch_size: int = argument(2, "samples that a process reads at once")
-    learning_rate: float = argument(1e-3, "of AdamW")
+    learning_rate: float | None = argument(None, "of AdamW; None: 1e-3, with --whole-model 5e-5")
     window_size: int | None = argument(None, "L, in tokens; None: 128, or as the checkpoint was trained")
     windows: int = argument(4, "windows per sample")
     sleep_passes: int | None = argument(None, "N; None: 2, or as the checkpoint was trained")
     eviction: str | None = argument(
         None, "what becomes of the KV; None: hard, or as the checkpoint was trained", choices=("hard", "sliding")
     )
+    between: str | None = argument(None, "step between passes: none or gate; None: the base's, with --whole-model none")
     whole_model: bool = argument(False, "train the base too, not just the new blocks")
     checkpointing: bool = argument(False, "recompute passes in the backward, to save memory")
     output: Path = argument(Path("runs/finetune_text"), "a folder")
@@ -63,15 +64,13 @@ def samples(tokenizer: object, path: Path | None, length: int) -> Dataset:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(Arguments, __doc__, arguments)
-    complete(options, window_size=128)
+    # Where all of the model is trained, a gate between the passes is in the way.
+    complete(options, window_size=128, **({"between": "none"} if options.whole_model else {}))
     set_seed(0)
+    sleep = {name: getattr(options, name) for name in ("window_size", "sleep_passes", "eviction", "between")}
     model: SleepForCausalLM = AutoModelForSleepLM.from_pretrained(
         options.model,
-        sleep={
-            "window_size": options.window_size,
-            "sleep_passes": options.sleep_passes,
-            "eviction": options.eviction,
-        },
+        sleep={name: value for name, value in sleep.items() if value is not None},
         dtype="float32",
     )
     if not options.whole_model:
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
+            learning_rate=options.learning_rate or (5e-5 if options.whole_model else 1e-3),
             warmup_steps=max(1, options.steps // 10),
             max_grad_norm=1.0,
             logging_steps=max(1, options.steps // 10),

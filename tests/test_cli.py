@@ -202,7 +202,8 @@ def test_the_help_shows_the_defaults_of_the_library() -> None:
         assert f"--{name.replace('_', '-')} " in text
         default = getattr(SleepConfig(), name)
         default = ":".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = re.search(rf"{re.escape(field.metadata['help'])}(?: \[default: (\S+)\])?", text)
+        meaning = field.metadata["help"].split(" None: ")[0]
+        shown = re.search(rf"{re.escape(meaning)}(?: \[default, of a base: (\S+)\])?", text)
         assert shown, name
         assert shown[1] == (None if default is None else str(default))
 

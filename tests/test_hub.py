@@ -551,7 +551,7 @@ def test_a_checkpoint_loads_where_the_package_is_not_imported(elsewhere):
 def test_where_the_package_is_not_installed_the_error_says_how(elsewhere):
     kind, message = elsewhere[2]["not installed"]
     assert kind == "ImportError"
-    assert "the package hf_sleep, which is not installed here. Run `pip install hf-sleep`" in message
+    assert "the package hf_sleep, which is not installed here. Install it from a checkout" in message
 
 
 @pytest.mark.parametrize("where", ["plain", "not imported"])

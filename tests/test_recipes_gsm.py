@@ -71,7 +71,9 @@ def test_a_text_is_read_through_sleep_and_the_base_stays(recipe, base, tmp_path,
     trained = ["--model", str(tmp_path / "run"), *options[2:4], "--windows", "3", "--steps", "1", "--sleep-passes", "3"]
     recipe("finetune_text").main([*trained, "--output", str(tmp_path / "further")])
     further = AutoModelForSleepLM.from_pretrained(tmp_path / "further").config.sleep
-    assert (further.window_size, further.sleep_passes) == (16, 3)
+    assert (further.window_size, further.sleep_passes, further.between) == (16, 3, "gate")
+    recipe("finetune_text").main([*options[:-1], "1", "--whole-model", "--output", str(tmp_path / "whole")])
+    assert AutoModelForSleepLM.from_pretrained(tmp_path / "whole").config.sleep.between == "none"
     with pytest.raises(SystemExit, match="20 samples of 3000 are needed"):
         recipe("finetune_text").main([*options, "--windows", "300", "--window-size", "10"])
 

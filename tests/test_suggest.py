@@ -184,6 +184,11 @@ def test_the_command_reads_a_sleep_checkpoint(folder: Path):
     result = run("suggest-loop", str(folder / "model"), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["config"]["block_layers"] == [0, 2]
+    make_model("llama", sleep_config("llama")).save_pretrained(folder / "bare")
+    result = run("suggest-loop", str(folder / "bare"))
+    assert "holds no tokenizer that loads: pass --tokenizer" in result.stderr
+    again = run("suggest-loop", str(folder / "bare"), "--tokenizer", str(folder / "model"), "--json")
+    assert again.exit_code == 0, again.output
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id or folder, of a base model or of a sleep checkpoint.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Hub id or folder. By default MODEL's own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt, of a new memory.")]
 Template = Annotated[bool, typer.Option("--chat/--no-chat", help="With the chat template, if any.")]
@@ -78,7 +79,8 @@ def with_settings(command: Callable[..., None], shown: Iterable[str] = SETTINGS)
         numbers = [kind for kind in (int, float) if type(field.default) is kind or field.type == kind | None]
         kind: Any = numbers[0] if numbers else bool if field.type is bool else str
         usual = ":".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text = field.metadata["help"] + ("" if usual is None else f" [default: {usual}]")
+        text, _, _ = field.metadata["help"].partition(" None: ")  # which no command line can say
+        text += "" if usual is None else f" [default, of a base: {usual}]"
         option = typer.Option(help=text, show_default=False, hidden=name not in shown, **ROWS.get(name, {}))
         options.append(_option(name, Annotated[kind | None, option]))
     return _with_options(command, options)
@@ -88,7 +90,7 @@ LOADING = [
     _option("dtype", Dtype),
     _option("device", Annotated[str | None, typer.Option(help="cpu, cuda, … By default the GPU where there is one.")]),
     _option("revision", Revision),
-    _option("tokenizer", Annotated[str | None, typer.Option(help="Hub id or folder. By default MODEL's own.")]),
+    _option("tokenizer", Tokenizer),
 ]
 
 

@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from .app import app, errors_in_a_line
-from .loading import check_folder
-from .options import Json, Model, Revision
+from .loading import check_folder, load_tokenizer
+from .options import Json, Model, Revision, Tokenizer
 from .show import as_json, console, table
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ def suggest_loop(
     text: Annotated[Path | None, typer.Option(help="File whose beginning is read. By default our own text.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot there, such as loop.png. Needs matplotlib.")] = None,
     revision: Revision = None,
+    tokenizer: Tokenizer = None,
     json: Json = False,
 ) -> None:
     """Measure which layers of MODEL can run again, and suggest loop and blocks.
 
     Loads the model and reads a few hundred tokens, once and then once for each range that is tried. Nothing is trained.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     from ..auto import AutoModelForSleepLM
@@ -42,11 +43,12 @@ def suggest_loop(
     logging.disable_progress_bar()
     with errors_in_a_line():
         check_folder(model)
+        reader = load_tokenizer(model, tokenizer, revision)
         read = None if text is None else text.read_text(encoding="utf-8")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         auto: Any = AutoModelForSleepLM if isinstance(config, SleepLMConfig) else AutoModelForCausalLM
         loaded = auto.from_pretrained(model, revision=revision, dtype=dtype_to_load(config, None) or "auto")
-        found = measure(loaded, AutoTokenizer.from_pretrained(model, revision=revision), read)
+        found = measure(loaded, reader, read)
         if plot is not None:
             found.plot(plot)
     if json:

@@ -7,7 +7,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "This model sleeps, and its code is in the package hf_sleep, which is not installed here. "
-        "Run `pip install hf-sleep` and load the model again."
+        "Install it from a checkout of its repository, with `pip install -e .`, and load the model again."
     ) from error
 
 __all__ = ["SleepForCausalLM", "SleepLMConfig"]
