@@ -171,6 +171,7 @@ class SessionBatch:
         if wrong := generation.keys() - FIELDS:
             works = ", ".join(sorted(FIELDS))
             raise ValueError(f"{min(wrong)} cannot be set in a batch of sessions: seed and {works} can. Or use ask")
+        config.update(**config._get_default_generation_params(), defaults_only=True)  # as generate does
         config.update(**{"eos_token_id": sorted(stops) or None} | generation)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
             raise ValueError("the model's generation_config has several beams or sequences: use ask")

@@ -85,9 +85,13 @@ class SleepCache(Cache):
     def fork(self) -> "SleepCache":
         """A second cache with the same content; tensors are shared, since none is ever written in place."""
         twin = type(self)()
-        twin.memory, twin._owner = self.memory, self._owner
-        twin._read_with, twin._dtype = self._read_with, self._dtype
+        twin.become(self)
         return twin
+
+    def become(self, other: "SleepCache") -> None:
+        """Hold what another cache holds, as a `fork` of it does."""
+        self.memory, self._owner = other.memory, other._owner
+        self._read_with, self._dtype = other._read_with, other._dtype
 
     @classmethod
     def cat(cls, caches: Sequence["SleepCache"]) -> "SleepCache":

@@ -19,7 +19,8 @@ pass's output. All that crosses a call is a `Memory`, a value: each step takes o
 Source: Lee et al. 2026 (arXiv 2605.26099), Alg. 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +48,7 @@ class Sleeper:
         decay_once: passes 2 to N over a window do not decay what earlier windows wrote.
         watchers: who is told of passes and sleeps.
         is_checkpointing: compute each (window, pass) again in the backward instead of keeping its activations.
+        around_sleep: what every sleep runs in.
     """
 
     decoder: Decoder
@@ -56,6 +58,7 @@ class Sleeper:
     watchers: Watchers
     decay_once: bool = False
     is_checkpointing: bool = False
+    around_sleep: Callable[[], AbstractContextManager] = nullcontext
 
     def empty(self, batch_size: int, dtype: torch.dtype) -> Memory:
         """The memory of sequences that have read nothing: S = 0. `dtype` is the activations'."""
@@ -157,7 +160,8 @@ class Sleeper:
         for group in filter(None, groups):
             part = memory.select(group)
             began = self.watchers.clock(part.device)
-            part, passes = self.consolidate(part, policy)
+            with self.around_sleep():
+                part, passes = self.consolidate(part, policy)
             memory = memory.merge(group, self.evict(part))
             self.watchers.tell_sleep(group, memory, self.watchers.clock(part.device) - began, passes)
         return memory

@@ -34,8 +34,7 @@ class StaticSleepCache(SleepCache):
     def of(cls, cache: SleepCache) -> "StaticSleepCache":
         """One that continues from what another cache holds, of `SleepState.to_cache` for example."""
         twin = cls()
-        twin.memory, twin._owner = cache.memory, cache._owner
-        twin._read_with, twin._dtype = cache._read_with, cache._dtype
+        twin.become(cache)
         return twin
 
     @property

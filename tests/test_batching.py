@@ -7,6 +7,7 @@ import torch
 from families import exact, tokens
 from helpers import EVICTIONS, word_tokenizer, words
 from test_session import GREEDY, L, close, copies, same, session, spread
+from transformers import GenerationConfig
 
 from hf_sleep import SessionBatch, SleepCache, SleepSession, SleepState, UntilSettled
 from hf_sleep.memory import Memory
@@ -78,6 +79,13 @@ def test_an_answer_ends_where_generate_ends_it_and_is_sampled_as_it_samples():
     cold = batch.submit(s, words(2), seed=3, **how | {"top_k": 1})
     batch.run()
     assert cold.result(0) == s.ask(words(2), max_new_tokens=12, **WORDS)
+    # What generate draws from where nothing more is said: the likeliest 50.
+    del how["top_k"]
+    likeliest = GenerationConfig._get_default_generation_params()["top_k"]
+    a, b = (batch.submit(s, words(2), seed=4, **how, **more) for more in ({}, {"top_k": likeliest}))
+    batch.run()
+    assert batch._config(how, set()).top_k == likeliest
+    assert a.result(0) == b.result(0)
 
 
 def test_what_cannot_be_asked_is_refused_and_stops_nobody():

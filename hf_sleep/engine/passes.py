@@ -45,6 +45,10 @@ class PassPolicy:
             return True
         return (self.at_most is None or number < self.at_most) and bool(asked.another(number, before, after))
 
+    def to_dict(self) -> int | dict[str, Any]:
+        """`policy_fields` of it, by which a `GenerationConfig` that has it can be saved."""
+        return policy_fields(self)
+
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
         """Whether a row needs a pass more.
 

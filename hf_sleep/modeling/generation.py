@@ -2,11 +2,13 @@
 
 import copy
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from ..cache import SleepCache
 from ..compat import CACHE, GenerationMixin
@@ -14,7 +16,19 @@ from ..engine import of_cache
 from ..generation import RecurrentGenerationMixin
 from ..packing import refuse_packed
 from ..static_cache import StaticSleepCache
-from .inputs import memory_in
+from .inputs import check_cache, check_marks, check_rows, memory_in
+
+
+@contextmanager
+def kept_on_error(cache: SleepCache | None) -> Iterator[None]:
+    """Put a cache back as it was where what follows ends in an error, or is interrupted."""
+    before = SleepCache() if cache is None else cache.fork()
+    try:
+        yield
+    except BaseException:
+        if cache is not None:
+            cache.become(before)
+        raise
 
 
 class SleepGenerationMixin(RecurrentGenerationMixin):
@@ -22,6 +36,8 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
 
     _policy: Any
     on_sleep: Any
+    _experts_outside: dict[str, Any] | None = None
+    """How experts run where nothing is decoded, while something is."""
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -41,16 +57,25 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
         # Where the generation config has such an entry, generate has put the keyword there.
         passes = model_kwargs.setdefault("sleep_passes", getattr(generation_config, "sleep_passes", None))
         self._policy(passes)
+        generation_config.use_cache = generation_config.use_cache is not False
         if (given := model_kwargs.get(CACHE)) is not None:
-            if generation_config.use_cache is False:
+            check_cache(given, self)
+            usual = self.generation_config
+            # What the call says contradicts a cache; what the model's own config says gives way to it.
+            if not generation_config.use_cache and usual.use_cache is not False:
                 raise ValueError("use_cache=False and a cache contradict each other: leave one of them out")
-            if made not in (None, "static" if isinstance(given, StaticSleepCache) else None):
+            generation_config.use_cache = True
+            if made not in (
+                None,
+                usual.cache_implementation,
+                "static" if isinstance(given, StaticSleepCache) else None,
+            ):
                 raise ValueError(
                     f"cache_implementation={made!r} and a {type(given).__name__} contradict each other: leave one out"
                 )
             # It outlives the call, so a stop that is noticed a step late must not be taken back from it: it cannot be.
             given._is_user_defined = True
-        elif generation_config.use_cache is not False:
+        elif generation_config.use_cache:
             model_kwargs[CACHE] = StaticSleepCache() if made == "static" else SleepCache()
         if generation_config.compile_config is not None:
             # transformers compiles on a CPU only where its private flag says so. Who passes a config means it.
@@ -67,8 +92,12 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     ) -> Any:
         """Check a conversation against what its cache has read, before anything of it is read."""
         embeds, mask, cache = (model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask", CACHE))
-        width = (input_ids if embeds is None else embeds).shape[1]
+        batch, width = (input_ids if embeds is None else embeds).shape[:2]
         held = memory_in(cache, self)
+        check_rows(held, batch)
+        if embeds is not None:
+            # It would cut the ids, of which there are none. Windows bound what is read at once anyway.
+            generation_config.prefill_chunk_size = None
         if held.counters:
             # A mask of ones generate has dropped by now.
             said = generation_config._mask_length if mask is None else mask.shape[1]
@@ -87,6 +116,7 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
                 )
             held.check_past(None if mask is None else mask[:, : held.columns])
         if (after := model_kwargs.get("sleep_after")) is not None:
+            check_marks(after)
             if after.dim() != 2 or after.shape[1] != width:
                 raise ValueError(
                     f"sleep_after has shape {tuple(after.shape)}: it must be [B, {width}], as the input is"
@@ -100,9 +130,71 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
 
     def _sample(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
         # The one mode that streams: transformers refuses a streamer with beams.
-        hook = getattr(streamer, "on_sleep", None)
-        with nullcontext() if hook is None else self.on_sleep(of_cache(kwargs.get(CACHE), hook)):
+        cache, hook = kwargs.get(CACHE), getattr(streamer, "on_sleep", None)
+        with kept_on_error(cache), nullcontext() if hook is None else self.on_sleep(of_cache(cache, hook)):
             return super()._sample(*args, streamer=streamer, **kwargs)
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE)
+        before = SleepCache() if cache is None else cache.fork()
+        try:
+            return super()._beam_search(*args, **kwargs)
+        finally:
+            # What beams have read last is not what is returned: whoever goes on reads the sequences returned.
+            if cache is not None:
+                cache.become(before)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        passes = (kwargs.get("model_kwargs") or {}).get("sleep_passes")
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):  # which calls the model too
+                processor.model = functools.partial(processor.model, sleep_passes=passes)
+        return processors
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: Any, model_kwargs: dict
+    ) -> torch.Tensor:
+        """Infer a mask where none was given.
+
+        Raises:
+            ValueError: it cannot be meant so.
+        """
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        cache = model_kwargs.get(CACHE)
+        # In what a cache has read, a row that ended has pads behind it.
+        new = mask[:, -1:] if isinstance(cache, SleepCache) and not cache.is_empty else mask
+        for row in ((new[:, 1:] < new[:, :-1]).any(1) | (new[:, -1] == 0)).nonzero()[:1, 0].tolist():
+            where = "after its first token" if bool(new[row].any()) else "and nothing else"
+            raise ValueError(
+                f"without an attention_mask generate takes token {int(generation_config._pad_token_tensor)}, the "
+                f"pad_token_id, for a pad, and row {row} of the input has it {where}: pad prompts on the left, leave "
+                "out empty ones, and where it is text pass attention_mask=torch.ones_like(input_ids)"
+            )
+        return mask
+
+    @contextmanager
+    def _optimize_model_for_decode(self) -> Iterator[None]:
+        outside = self.get_experts_implementation()
+        with super()._optimize_model_for_decode():
+            self._experts_outside = None if outside == self.get_experts_implementation() else outside
+            try:
+                yield
+            finally:
+                self._experts_outside = None
+
+    @contextmanager
+    def _outside_decoding(self) -> Iterator[None]:
+        """A sleep reads a window: what transformers switches to for single tokens copies an expert for each of it."""
+        if (outside := self._experts_outside) is None:
+            yield
+            return
+        inside = self.get_experts_implementation()
+        self.set_experts_implementation(outside)
+        try:
+            yield
+        finally:
+            self.set_experts_implementation(inside)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -197,11 +197,7 @@ def check_inputs(
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids hold {low if low < 0 else high}: ids must be from 0 to {vocab_size - 1}")
     batch, width = given.shape
-    if memory.counters and len(memory.counters) != batch:
-        raise ValueError(
-            f"cache holds {len(memory.counters)} sequences, the input {batch}: use cache.batch_select_indices or "
-            "batch_repeat_interleave to match them"
-        )
+    check_rows(memory, batch)
     if labels is not None and labels.shape != given.shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, the input {tuple(given.shape)}: they must be the same (the "
@@ -219,6 +215,15 @@ def check_inputs(
     return Layout.of_mask(attention_mask[:, -width:])
 
 
+def check_rows(memory: Memory, batch: int) -> None:
+    """Check that an input has as many rows as a memory, which may be of no sequence at all."""
+    if memory.counters and len(memory.counters) != batch:
+        raise ValueError(
+            f"cache holds {len(memory.counters)} sequences, the input {batch}: use cache.batch_select_indices or "
+            "batch_repeat_interleave to match them"
+        )
+
+
 def ends_of(sleep_after: torch.Tensor | None, layout: Layout) -> list[list[int]] | None:
     """Per row, after how many of its tokens it sleeps, ascending, as `sleep_after` `[B, T]` marks them.
 
@@ -227,6 +232,7 @@ def ends_of(sleep_after: torch.Tensor | None, layout: Layout) -> list[list[int]]
     """
     if sleep_after is None:
         return None
+    check_marks(sleep_after)
     shape = (len(layout.counts), layout.width)
     if tuple(sleep_after.shape) != shape:
         raise ValueError(f"sleep_after has shape {tuple(sleep_after.shape)}: it must be {shape}, the input's")
@@ -242,6 +248,12 @@ def ends_of(sleep_after: torch.Tensor | None, layout: Layout) -> list[list[int]]
                 "token before it"
             )
     return ends
+
+
+def check_marks(sleep_after: Any) -> None:
+    """Check that marks are a tensor, whose shape and values are checked where the input is known."""
+    if not isinstance(sleep_after, torch.Tensor):
+        raise ValueError(f"sleep_after is a {type(sleep_after).__name__}: it must be a tensor [B, T] of 0 and 1")
 
 
 def check_positions(position_ids: torch.Tensor | None, layout: Layout, memory: Memory) -> None:
