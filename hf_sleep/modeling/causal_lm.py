@@ -164,7 +164,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             Watchers(tuple(self._pass_hooks.values()), tuple(self._sleep_hooks.values()), cache),
             decay_once=sleep.decay_once,
             is_checkpointing=self.gradient_checkpointing and self.training,
-            around_sleep=self._outside_decoding,
+            around_sleep=self._around_sleep(),
         )
 
     def _policy(self, sleep_passes: int | PassPolicy | None) -> PassPolicy:

@@ -2,8 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,9 +31,21 @@ def kept_on_error(cache: SleepCache | None) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def experts_run(lm: Any, how: dict[str, Any]) -> Iterator[None]:
+    """Run a base's experts in one way, and then in the one before."""
+    before = lm.get_experts_implementation()
+    lm.set_experts_implementation(how)
+    try:
+        yield
+    finally:
+        lm.set_experts_implementation(before)
+
+
 class SleepGenerationMixin(RecurrentGenerationMixin):
     """`generate` with a `SleepCache`; everything else of it is transformers' own."""
 
+    lm: Any
     _policy: Any
     on_sleep: Any
     _experts_outside: dict[str, Any] | None = None
@@ -175,26 +187,18 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
 
     @contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:
-        outside = self.get_experts_implementation()
+        outside = self.lm.get_experts_implementation()
         with super()._optimize_model_for_decode():
-            self._experts_outside = None if outside == self.get_experts_implementation() else outside
+            self._experts_outside = None if outside == self.lm.get_experts_implementation() else outside
             try:
                 yield
             finally:
                 self._experts_outside = None
 
-    @contextmanager
-    def _outside_decoding(self) -> Iterator[None]:
-        """A sleep reads a window: what transformers switches to for single tokens copies an expert for each of it."""
-        if (outside := self._experts_outside) is None:
-            yield
-            return
-        inside = self.get_experts_implementation()
-        self.set_experts_implementation(outside)
-        try:
-            yield
-        finally:
-            self.set_experts_implementation(inside)
+    def _around_sleep(self) -> Callable[[], AbstractContextManager]:
+        """What a sleep runs in: it reads a window, and how single tokens are decoded copies an expert for each of it."""
+        outside = self._experts_outside
+        return nullcontext if outside is None else functools.partial(experts_run, self.lm, outside)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
