@@ -54,8 +54,16 @@ def without_wrapper(model: Any) -> SleepForCausalLM:
 
 
 def refuse_prompts(model: Any) -> None:
-    """Raise `TypeError` for a `PeftModel` that learns a prompt, which it would read before every window and token."""
+    """Raise `TypeError` for a `PeftModel` that learns a prompt, which it would read before every window and token.
+
+    Or that is switched on by tokens (aLoRA), whose place it would look for in every window and token.
+    """
     config = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
+    if config is not None and getattr(config, "alora_invocation_tokens", None):
+        raise TypeError(
+            f"model has an adapter with alora_invocation_tokens={config.alora_invocation_tokens}, counted from the end "
+            "of what a layer reads, which is one window here: leave them out"
+        )
     if config is not None and config.is_prompt_learning:
         raise TypeError(
             f"model has a {type(config).__name__}, whose prompt is not in the model's layers: use LoRA, as "

@@ -240,11 +240,6 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm.set_output_embeddings(new_embeddings)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
-        # The base's own checkpointing drops its cache in training, and with it what was retained: a whole (window,
-        # pass) is checkpointed here instead.
-        self.gradient_checkpointing = enable
-
     @sealed
     @takes_cache
     @uncompiled

@@ -57,6 +57,21 @@ class CheckpointMixin(SleepPreTrainedModel):
     fast_weights: nn.ModuleDict
     card: CardFacts
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take weights under this model's names, as any module does.
+
+        Raises:
+            ValueError: of `strict=False`, the base's weights under other names, which would be left out.
+        """
+        of_base = {name for name in state_dict if name.startswith("lm.")}
+        if not strict and (foreign := of_base - self.state_dict().keys()):
+            raise ValueError(
+                f"{len(foreign)} weights of the base have names that this model has not ({min(foreign)}, …), such as "
+                "the base was published with: they would be left out. Load the checkpoint with from_pretrained; to "
+                "resume training, or to load the best model at its end, use SleepTrainer"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,

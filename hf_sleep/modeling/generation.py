@@ -196,7 +196,7 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
                 self._experts_outside = None
 
     def _around_sleep(self) -> Callable[[], AbstractContextManager]:
-        """What a sleep runs in: it reads a window, and how single tokens are decoded copies an expert for each of it."""
+        """What a sleep runs in: it reads a window, and for each token of it decoding's way would copy an expert."""
         outside = self._experts_outside
         return nullcontext if outside is None else functools.partial(experts_run, self.lm, outside)
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..cache import SleepCache
 from ..memory import Memory
 from ..packing import MARKS, refuse_packed
 
 # Further keywords of stock models: those that no answer here depends on, and values with which others say nothing.
-UNUSED_KEYWORDS = ("cache_position", "token_type_ids")
+UNUSED_KEYWORDS = ("cache_position", "token_type_ids", "skip_logits")
 SAYING_NOTHING = {
     "is_causal": (None, True),
     "output_router_logits": (None, False),
@@ -112,6 +113,18 @@ def check_keywords(owner: str, keywords: Mapping[str, Any]) -> None:
         if name not in (*SAYING_NOTHING, *UNUSED_KEYWORDS, *MARKS):
             raise TypeError(f"{owner}.forward() got an unexpected keyword argument {name!r}")
     refuse_packed(keywords)
+
+
+def check_checkpointing(gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1) -> None:
+    """Check how a Trainer asks for activations to be recomputed.
+
+    Raises:
+        ValueError: settings of a model that does it layer by layer.
+    """
+    if every_n_layers != 1:
+        raise ValueError(f"every_n_layers={every_n_layers}: a sleeping model recomputes whole windows, leave it out")
+    if getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
+        raise ValueError("offload=True: a sleeping model recomputes whole windows and keeps nothing else, leave it out")
 
 
 def check_settings(logits_to_keep: Any, backprop_windows: Any, skip_head: bool, labels: Any, token_loss: Any) -> None:

@@ -13,6 +13,7 @@ from ..layers import FastWeightBlock
 from ..lm_config import SleepLMConfig
 from ..placement import compute_device
 from ..registry import BETWEEN
+from .inputs import check_checkpointing
 
 
 class SleepPreTrainedModel(PreTrainedModel):
@@ -77,6 +78,11 @@ class SleepPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # The base's experts are run by its own code, as the base was loaded to run them.
         return True
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **how: Any) -> None:
+        # The base's own drops its cache in training, and what was retained: a whole (window, pass) is recomputed here.
+        check_checkpointing(**how)
+        self.gradient_checkpointing = enable
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, FastWeightBlock | Between):

@@ -20,6 +20,9 @@ from ..sleep import Sleeper
 from .parameters import refuse_sharded
 from .trainer import SleepTrainer
 
+LEAVES_THE_BASE = ("gaussian", "eva", "orthogonal")
+"""PEFT's first values of an adapter, by name, that leave the base's weights alone."""
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -108,13 +111,15 @@ class Teacher:
             a parameter of the base is trained.
 
     Raises:
-        ValueError: a base that is sharded already, or a copy of one that has an adapter.
+        ValueError: a base that is sharded already, one that an adapter's first values have changed, or a copy of one
+            that has an adapter.
     """
 
     def __init__(self, model: Any, top_k: int = 32, chunk_tokens: int = 512, copied: bool | None = None):
         refuse_sharded(model, "Teacher", "Make it before the model is sharded, with copied=True")
         self.top_k, self.chunk_tokens = top_k, chunk_tokens
         self._wrapper = model if hasattr(model, "peft_config") else None
+        refuse_changed_base(model)
         self.lm: Any = without_wrapper(model).lm
         with self._alone():
             trained = any(parameter.requires_grad for parameter in self.lm.parameters())
@@ -191,6 +196,17 @@ class Teacher:
             finally:
                 for module, mode in modes:
                     module.training = mode
+
+
+def refuse_changed_base(model: Any) -> None:
+    """Raise `ValueError` where an adapter's first values were taken out of the base's weights."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        how = getattr(config, "init_lora_weights", True)
+        if isinstance(how, str) and how not in LEAVES_THE_BASE:
+            raise ValueError(
+                f"Teacher: init_lora_weights={how!r} changes the base's own weights, and without the adapter they are "
+                "not what it was: use init_lora_weights=True, or do without a teacher"
+            )
 
 
 @contextmanager

@@ -61,6 +61,20 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
     return metrics | {name: sum(of.values()) / len(of) for name, of in scores.items()}
 
 
+def check_judged(rows: Any) -> None:
+    """Check rows that are to be evaluated, where they can be looked at.
+
+    Raises:
+        ValueError: no rows, or rows that have a difficulty but no labels.
+    """
+    if not isinstance(rows, Sequence | datasets.Dataset):
+        return
+    if not len(rows):
+        raise ValueError("the evaluation dataset has no rows: give at least one, or set eval_strategy='no'")
+    if "difficulty" in rows[0] and "labels" not in rows[0]:
+        raise ValueError("the evaluation rows have a difficulty but no labels to judge by: add a labels column")
+
+
 @contextmanager
 def judging(trainer: Any, rows: Any, task: Task | None) -> Iterator[None]:
     """Let what a Trainer evaluates while it is open be judged by difficulty, where its rows have one.
@@ -77,13 +91,10 @@ def judging(trainer: Any, rows: Any, task: Task | None) -> Iterator[None]:
     if own != (None, None) or not isinstance(rows, Sequence | datasets.Dataset):
         yield
         return
-    if not len(rows):
-        raise ValueError("the evaluation dataset has no rows: give at least one, or set eval_strategy='no'")
+    check_judged(rows)
     if "difficulty" not in rows[0]:
         yield
         return
-    if "labels" not in rows[0]:
-        raise ValueError("the evaluation rows have a difficulty but no labels to judge by: add a labels column")
     given = {name: getattr(trainer.args, name) for name in IN_ORDER}
     trainer.compute_metrics = partial(accuracy_by_difficulty, rows, task)
     trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
@@ -128,6 +139,11 @@ class GenerationEvaluation(TrainerCallback):
                 "give at least one row, and all of them one or none"
             )
         self.rows = [(row.get("difficulty"), *prompt_and_answer(row)) for row in rows]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before those that stop or choose by what it reports, though it can only be added after them.
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any

@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for kind, named in groups.items()
             if named
         }
-        super().__init__([group for part in self._optimizers.values() for group in part.param_groups], {})
+        super().__init__([group for part in self._optimizers.values() for group in part.param_groups], {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -29,7 +29,9 @@ class SpikeGuard(TrainerCallback):
 
     The norm is the one that the Trainer logs as `grad_norm`: before clipping, of all micro-batches, over all ranks. The
     median is that of the last `window` steps that were taken. A skipped norm never enters it, and nothing is judged
-    before there are so many. A norm that is not finite is skipped from the first step on. All ranks skip together.
+    before there are so many. Where other parameters are trained than before (`HardEvictionWarmup`), their norms are
+    others, and the median begins anew. A norm that is not finite is skipped from the first step on. All ranks skip
+    together.
     Checkpoints keep the norms: a resumed run continues with the same median.
 
     `skipped_steps`, their number so far, is logged with the loss after it has changed.
@@ -67,7 +69,7 @@ class SpikeGuard(TrainerCallback):
         self.on_train_end(args, state, control)
         self._watch(self.trainer.accelerator)
         # Not as an ExportableState: restored as one it would be built from its arguments, and have no trainer.
-        fresh = {"args": {}, "attributes": {"norms": [], "skipped": 0, "in_a_row": 0}}
+        fresh = {"args": {}, "attributes": {"norms": [], "skipped": 0, "in_a_row": 0, "trained": None}}
         self._kept = state.stateful_callbacks.setdefault(STATE, fresh)["attributes"]
         self._norms = deque(self._kept["norms"], self.window)
         self._logged = self._kept["skipped"]
@@ -88,6 +90,10 @@ class SpikeGuard(TrainerCallback):
         self._watched, accelerator.clip_grad_norm_ = accelerator, look
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if self._kept.get("trained") not in (None, trained):
+            self._norms.clear()
+        self._kept["trained"] = trained
         norm, median = self._take_norm(), math.inf
         if len(self._norms) == self.window:
             median = statistics.median(self._norms)

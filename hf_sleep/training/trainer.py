@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     SchedulerType,
-    Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from ..checks import require_int
@@ -27,22 +25,21 @@ from ..compat import CHECKPOINTING
 from ..data import Task
 from ..files import write_file
 from ..hub import write_model_card, write_remote_code
-from ..labels import IGNORED
 from ..lora import refuse_prompts
 from ..modeling import SleepForCausalLM
-from ..packing import refuse_packed
 from .collator import SleepCollator, without_unpredicted
-from .evaluation import judging
+from .evaluation import check_judged, judging
 from .optimizer import GATE_LR, MuonAdamW, check_signature, parameter_groups
 from .passing import PassedStates
 from .progress import TokensPerSecond
 from .records import SleepRecord, check_same_run
+from .resuming import WholeCheckpoints
+from .rows import check_rows
 from .schedules import DuringStep
 from .windows import WindowsCurriculum
 
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 DECAY_SHARE = 0.1
-CHECKED_ROWS = 64
 TASK_FILE = "task.json"
 
 
@@ -118,7 +115,7 @@ class SleepTrainingArguments(TrainingArguments):
             raise ValueError(f"pass_states={self.pass_states!r} must be a share of the steps, from 0 to 1")
 
 
-class SleepTrainer(Trainer):
+class SleepTrainer(WholeCheckpoints):
     """`Trainer` for a `SleepForCausalLM`; takes the same arguments, and pads with a `SleepCollator` by default.
 
     `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
@@ -167,7 +164,10 @@ class SleepTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._check_saving()
         if self.train_dataset is not None:
-            self._check_rows()
+            check_rows(self.train_dataset, self.data_collator, self.model)
+        if self.args.eval_strategy != IntervalStrategy.NO:
+            for rows in self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]:
+                check_judged(rows)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if resume_from_checkpoint and resume_from_checkpoint is not True:
@@ -291,25 +291,6 @@ class SleepTrainer(Trainer):
 
     # Checks.
 
-    def _check_rows(self) -> None:
-        """Check the first rows of the training data, in which what the Trainer drops is still there."""
-        rows = [row for row in first_rows(self.train_dataset) if isinstance(row, Mapping)]
-        for row in rows:
-            refuse_packed(row)
-        if not rows or not isinstance(self.data_collator, SleepCollator):
-            return
-        if not all("labels" in row for row in rows):
-            raise ValueError(
-                "train_dataset has rows without labels: add a labels column, "
-                "for next-token loss on everything a copy of input_ids"
-            )
-        if bool((self.data_collator(rows)["labels"] == IGNORED).all()):
-            raise ValueError(
-                f"train_dataset: none of the first {len(rows)} rows has a label to train on. "
-                f"Labels are those of input_ids at the same place, {IGNORED} for no loss; "
-                "the first token of a row cannot be predicted"
-            )
-
     def _check_saving(self) -> None:
         if self.args.save_strategy == SaveStrategy.NO or not isinstance(self.model, SleepForCausalLM):
             return
@@ -387,12 +368,3 @@ def task_settings(task: Task) -> dict[str, Any]:
     fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(kind) if f.init}
     plain = {name: v for name, v in fields.items() if not isinstance(v, PreTrainedTokenizerBase)}
     return {"task": type(task).__name__} | json.loads(json.dumps(plain))
-
-
-def first_rows(dataset: Any) -> list[Any]:
-    """A few rows to look at, of a dataset that can be read again; none of one that cannot."""
-    if isinstance(dataset, datasets.IterableDataset):
-        return list(dataset.take(CHECKED_ROWS))
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        return []
-    return [dataset[i] for i in range(min(CHECKED_ROWS, len(dataset)))]
