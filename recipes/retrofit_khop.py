@@ -45,6 +45,7 @@ from hf_sleep import SleepConfig, SleepForCausalLM
 from hf_sleep.data import KHopText
 from hf_sleep.engine.slots import Recurrence
 from hf_sleep.files import write_file
+from hf_sleep.state import fingerprint
 from hf_sleep.training import (
     MuonAdamW,
     SleepTrainer,
@@ -158,8 +159,8 @@ def pretrained(options: Arguments) -> LlamaForCausalLM:
 
 
 def refuse_others(path: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
-    """Leave where what an earlier run wrote has other settings than are asked for."""
-    if differing := {key: (found[key], value) for key, value in asked.items() if found[key] != value}:
+    """Leave where what an earlier run wrote has other settings than are asked for; older files say less."""
+    if differing := {key: (found[key], value) for key, value in asked.items() if found.get(key, value) != value}:
         raise SystemExit(f"{path} was made with other settings, {differing} (then, now): choose another folder")
 
 
@@ -280,8 +281,15 @@ def rates(options: Arguments, train: str) -> tuple[float, float]:
 def settings_of(options: Arguments, train: str) -> dict[str, Any]:
     """What a run's file says of itself, and its name does not."""
     muon, adamw = rates(options, train)
-    of_block = {"batch_size": options.batch_size, "block_kind": options.block_kind}
-    return of_block | {"muon_learning_rate": muon or None, "learning_rate": adamw}
+    return {
+        "batch_size": options.batch_size,
+        "block_kind": options.block_kind,
+        "muon_learning_rate": muon or None,
+        "learning_rate": adamw,
+        "hops": list(options.hops),
+        "test_rows": options.test_rows,
+        "base": fingerprint(pretrained(options)),
+    }
 
 
 def rows_of(task: KHopText, seed: int, batch_size: int, steps: int) -> Iterator[dict[str, Any]]:
@@ -399,6 +407,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         results.append(json.loads(file.read_text(encoding="utf-8")))
         refuse_others(file, settings_of(options, train), results[-1])
         refuse_others(file, {"window_size": slept_on(options).window_size}, results[-1]["sleep"])
+        if missing := {str(n) for n in options.eval_passes} - results[-1]["accuracy"].keys():
+            raise SystemExit(f"{file} was not asked with N = {min(missing)}: choose another folder")
         print(file.stem, results[-1]["accuracy"][str(passes)], f"{results[-1]['cpu_seconds']} s", flush=True)
     print(f"\n{table(results)}")
     return results

@@ -102,10 +102,12 @@ def test_a_pretrained_model_is_made_once_and_retrofitted_arm_by_arm(recipe, tmp_
     assert module.main([*command, "--arms", "all"]) == [r for r in results if r["arm"] == "all"]
     assert {file: file.stat().st_mtime_ns for file in written} == written
     others = {"batch-size 8": "4, 8", "block-kind jet": "jet", "muon-learning-rate 0": "0.06, None"}
-    others |= {"num-nodes 6": "20, 24", "layers 8": "4, 8", "num-names 9": "vocab_size"}
+    others |= {"num-nodes 6": "20, 24", "layers 8": "4, 8", "num-names 9": "vocab_size", "test-rows 9": "8, 9"}
     for other, said in others.items():
         with pytest.raises(SystemExit, match=f"was made with other settings, .*{said}"):
             module.main([*command, "--arms", "all", *f"--{other}".split()])
+    with pytest.raises(SystemExit, match="was not asked with N = 3"):
+        module.main([*command, "--arms", "all", "--eval-passes", "3"])
     assert {file: file.stat().st_mtime_ns for file in written} == written
     assert module.rates(module.Arguments(muon_learning_rate=0.0), "whole")[0] == 0.0
     with pytest.raises(SystemExit):
