@@ -90,11 +90,11 @@ class SpikeGuard(TrainerCallback):
         self._watched, accelerator.clip_grad_norm_ = accelerator, look
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        norm, median = self._take_norm(), math.inf
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self._kept.get("trained") not in (None, trained):
             self._norms.clear()
         self._kept["trained"] = trained
-        norm, median = self._take_norm(), math.inf
         if len(self._norms) == self.window:
             median = statistics.median(self._norms)
         if not self._is_spike_anywhere(norm, median, args.device):
