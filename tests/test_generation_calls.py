@@ -9,7 +9,11 @@ from families import make_model, sleep_config, tokens
 from helpers import pad, word_tokenizer, words
 from test_generation import GREEDY, L, sleeper
 from transformers import GenerationConfig
-from transformers.generation import BaseStreamer, LogitsProcessorList
+from transformers.generation import (
+    BaseStreamer,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from hf_sleep import SleepCache, SleepForCausalLM, SleepSession, StaticSleepCache, UntilSettled
 from hf_sleep.compat import GenerationMixin
@@ -149,6 +153,36 @@ def test_guidance_sleeps_with_the_passes_of_the_call(model):
         settings = {"negative_prompt_ids": ids.flip(1), "guidance_scale": 2.0, "max_new_tokens": 2, **GREEDY}
         model.generate(ids, attention_mask=torch.ones_like(ids), sleep_passes=4, **settings)
     assert told == [4] * 6
+
+
+def test_a_guide_of_the_caller_s_stays_as_it_is(model):
+    class Other(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, use_cache, **cache):
+            assert not cache.keys() - {"cache", "past_key_values"}
+            return guide.generate_output(input_ids)
+
+    class Guide:
+        def generate_output(self, input_ids):
+            return model(input_ids.repeat(1, 2))
+
+    guide, other = Guide(), Other()
+    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, other, PROMPT, use_cache=False)
+    asked(model, PROMPT, sleep_passes=3, logits_processor=LogitsProcessorList([processor]), max_new_tokens=2)
+    assert processor.model is other
+
+
+def test_an_empty_prompt_is_named(model):
+    with pytest.raises(ValueError, match=r"the input has shape \(1, 0\)"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2, **GREEDY)
+
+
+def test_a_config_with_a_policy_of_one_s_own_can_be_looked_at():
+    class Mine(UntilSettled):
+        pass
+
+    config = GenerationConfig(sleep_passes=Mine(cap=2))
+    assert "UntilSettled" in repr(config) or "Mine" in repr(config)
+    assert config != GenerationConfig(sleep_passes=3)
 
 
 def test_a_sleep_while_decoding_runs_experts_as_outside_of_it():

@@ -59,7 +59,7 @@ def test_a_resumed_run_has_all_weights(family, sharded, tmp_path, monkeypatch):
     whole.train()
     again = trainer_of(tmp_path, model_of(family), **how)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert len(list((tmp_path / "checkpoint-2").glob("*.safetensors"))) == 1 or sharded
+    assert (len(list((tmp_path / "checkpoint-2").glob("*.safetensors"))) > 1) == sharded
     assert same(weights(whole.model), weights(again.model))
 
 
@@ -117,19 +117,50 @@ def test_the_median_begins_anew_where_more_is_trained(tmp_path):
     trainer.train()
     assert guard._kept["skipped"] == 0
     assert not torch.equal(before["lm.model.norm.weight"], weights(model)["lm.model.norm.weight"])
-    assert len(guard._norms) == 3
+    assert [len(norms) for norms in guard._norms.values()] == [3, 3]
 
 
 # Adapters.
 
 
-@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_checkpoint_of_a_model_with_more_and_wider_tensors_is_read_whole(tmp_path):
+    """A base in bfloat16 with blocks in float32, and a module that somebody added."""
+    for family in ("llama", "qwen3_moe"):
+        made = []
+        for _ in range(2):
+            model = make_model(family, sleep_config(family), torch.bfloat16)
+            model.lm.requires_grad_(False)
+            model.fast_weights.float()
+            model.probe = torch.nn.Linear(3, 1)
+            made.append(model)
+        folder = tmp_path / family
+        for block in made[0].fast_weights.parameters():
+            block.data += torch.randn_like(block) / 100
+        made[0].save_pretrained(folder)
+        trainer = trainer_of(folder, made[1])
+        trainer._load_from_checkpoint(str(folder))
+        assert same(weights(made[0]), weights(made[1]))
+
+
+def test_other_metrics_may_do_without_labels(tmp_path):
+    rows = [{"input_ids": tokens(9).tolist(), "difficulty": 1}] * 4
+    how = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 2}
+    trainer = trainer_of(tmp_path, model_of("llama"), eval_dataset=rows, **how)
+    trainer.compute_metrics = lambda prediction: {}
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora", "kasa"])
 def test_a_teacher_is_refused_where_an_adapter_has_changed_the_base(how):
     model = model_of("llama")
-    with pytest.raises(ValueError, match=f"init_lora_weights='{how}' changes the base's own weights"):
-        Teacher(get_peft_model(model, sleep_lora_config(model, init_lora_weights=how)))
+    given, said = {"init_lora_weights": how}, f"init_lora_weights='{how}'"
+    if how == "kasa":
+        given, said = {"kasa_config": pytest.importorskip("peft").tuners.lora.config.KasaConfig()}, "kasa_config"
+    with pytest.raises(ValueError, match=f"{said} changes the base's own weights"):
+        Teacher(get_peft_model(model, sleep_lora_config(model, **given)))
     other = model_of("llama")
-    Teacher(get_peft_model(other, sleep_lora_config(other, init_lora_weights="gaussian")))
+    Teacher(get_peft_model(other, sleep_lora_config(other, init_lora_weights="Gaussian")))
 
 
 def test_an_adapter_that_tokens_switch_on_is_refused(tmp_path):
@@ -191,6 +222,5 @@ def test_checkpointing_layer_by_layer_is_refused(how):
     model = model_of("llama")
     enable = getattr(model, f"{CHECKPOINTING}_enable")
     enable({"use_reentrant": False})
-    if CHECKPOINTING == "activation_checkpointing":
-        with pytest.raises(ValueError, match=f"{next(iter(how))}=.*recomputes whole windows"):
-            enable(**how)
+    with pytest.raises(ValueError, match=f"{next(iter(how))}=.*recomputes whole windows"):
+        enable(**how)

@@ -52,7 +52,14 @@ def read_dtype(name: str) -> Any:
     return dtype
 
 
-Dtype = Annotated[Any, typer.Option(parser=read_dtype, metavar="<str>", help="By default what suits the machine.")]
+Dtype = Annotated[
+    Any,
+    typer.Option(
+        parser=read_dtype,
+        metavar="<str>",
+        help="By default the checkpoint's, or float32 where the CPU would emulate it.",
+    ),
+]
 
 
 def _with_options(command: Callable[..., None], options: list[Parameter]) -> Callable[..., None]:

@@ -45,9 +45,12 @@ class PassPolicy:
             return True
         return (self.at_most is None or number < self.at_most) and bool(asked.another(number, before, after))
 
-    def to_dict(self) -> int | dict[str, Any]:
-        """`policy_fields` of it, by which a `GenerationConfig` that has it can be saved."""
-        return policy_fields(self)
+    def to_dict(self) -> int | str | dict[str, Any]:
+        """What a `GenerationConfig` that has it prints and saves: `policy_fields`, or where it has none its `repr`."""
+        try:
+            return policy_fields(self)
+        except ValueError:
+            return repr(self)
 
     def another(self, number: int, before: Written | None, after: Written | None) -> bool:
         """Whether a row needs a pass more.

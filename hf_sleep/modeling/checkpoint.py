@@ -64,7 +64,8 @@ class CheckpointMixin(SleepPreTrainedModel):
             ValueError: of `strict=False`, the base's weights under other names, which would be left out.
         """
         of_base = {name for name in state_dict if name.startswith("lm.")}
-        if not strict and (foreign := of_base - self.state_dict().keys()):
+        missing = {name for name, _ in self.lm.named_parameters(prefix="lm")} - of_base
+        if not strict and missing and (foreign := of_base - self.state_dict().keys()):
             raise ValueError(
                 f"{len(foreign)} weights of the base have names that this model has not ({min(foreign)}, …), such as "
                 "the base was published with: they would be left out. Load the checkpoint with from_pretrained; to "

@@ -159,9 +159,11 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(*args, **kwargs)
         passes = (kwargs.get("model_kwargs") or {}).get("sleep_passes")
-        for processor in processors:
-            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):  # which calls the model too
-                processor.model = functools.partial(processor.model, sleep_passes=passes)
+        for i, processor in enumerate(processors):
+            is_guided = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            if is_guided and processor.model is self:  # it calls this model too
+                processors[i] = copy.copy(processor)
+                processors[i].model = functools.partial(self, sleep_passes=passes)
         return processors
 
     def _prepare_attention_mask_for_generation(
@@ -176,6 +178,8 @@ class SleepGenerationMixin(RecurrentGenerationMixin):
         cache = model_kwargs.get(CACHE)
         # In what a cache has read, a row that ended has pads behind it.
         new = mask[:, -1:] if isinstance(cache, SleepCache) and not cache.is_empty else mask
+        if not new.shape[1]:
+            return mask
         for row in ((new[:, 1:] < new[:, :-1]).any(1) | (new[:, -1] == 0)).nonzero()[:1, 0].tolist():
             where = "after its first token" if bool(new[row].any()) else "and nothing else"
             raise ValueError(

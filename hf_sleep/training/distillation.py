@@ -20,7 +20,7 @@ from ..sleep import Sleeper
 from .parameters import refuse_sharded
 from .trainer import SleepTrainer
 
-LEAVES_THE_BASE = ("gaussian", "eva", "orthogonal")
+LEAVES_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """PEFT's first values of an adapter, by name, that leave the base's weights alone."""
 
 
@@ -201,11 +201,15 @@ class Teacher:
 def refuse_changed_base(model: Any) -> None:
     """Raise `ValueError` where an adapter's first values were taken out of the base's weights."""
     for config in (getattr(model, "peft_config", None) or {}).values():
-        how = getattr(config, "init_lora_weights", True)
-        if isinstance(how, str) and how not in LEAVES_THE_BASE:
+        how, said = getattr(config, "init_lora_weights", True), None
+        if isinstance(how, str) and how.lower() not in LEAVES_THE_BASE:
+            said = f"init_lora_weights={how!r}"
+        if getattr(config, "kasa_config", None) is not None:
+            said = "kasa_config"
+        if said:
             raise ValueError(
-                f"Teacher: init_lora_weights={how!r} changes the base's own weights, and without the adapter they are "
-                "not what it was: use init_lora_weights=True, or do without a teacher"
+                f"Teacher: {said} changes the base's own weights, and without the adapter they are not what it was: "
+                "use init_lora_weights=True without it, or do without a teacher"
             )
 
 

@@ -61,18 +61,22 @@ def accuracy_by_difficulty(rows: Any, task: Task | None, predictions: EvalPredic
     return metrics | {name: sum(of.values()) / len(of) for name, of in scores.items()}
 
 
-def check_judged(rows: Any) -> None:
-    """Check rows that are to be evaluated, where they can be looked at.
+def check_judged(trainer: Any, rows: Any) -> bool:
+    """Tell whether rows are judged by difficulty here: where they have one, and the trainer no metrics of its own.
 
     Raises:
         ValueError: no rows, or rows that have a difficulty but no labels.
     """
-    if not isinstance(rows, Sequence | datasets.Dataset):
-        return
+    own = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
+    if own != (None, None) or not isinstance(rows, Sequence | datasets.Dataset):
+        return False
     if not len(rows):
         raise ValueError("the evaluation dataset has no rows: give at least one, or set eval_strategy='no'")
-    if "difficulty" in rows[0] and "labels" not in rows[0]:
+    if "difficulty" not in rows[0]:
+        return False
+    if "labels" not in rows[0]:
         raise ValueError("the evaluation rows have a difficulty but no labels to judge by: add a labels column")
+    return True
 
 
 @contextmanager
@@ -88,11 +92,7 @@ def judging(trainer: Any, rows: Any, task: Task | None) -> Iterator[None]:
         ValueError: no rows, or rows that have a difficulty but no labels.
     """
     own = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
-    if own != (None, None) or not isinstance(rows, Sequence | datasets.Dataset):
-        yield
-        return
-    check_judged(rows)
-    if "difficulty" not in rows[0]:
+    if not check_judged(trainer, rows):
         yield
         return
     given = {name: getattr(trainer.args, name) for name in IN_ORDER}

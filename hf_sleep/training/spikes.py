@@ -29,9 +29,8 @@ class SpikeGuard(TrainerCallback):
 
     The norm is the one that the Trainer logs as `grad_norm`: before clipping, of all micro-batches, over all ranks. The
     median is that of the last `window` steps that were taken. A skipped norm never enters it, and nothing is judged
-    before there are so many. Where other parameters are trained than before (`HardEvictionWarmup`), their norms are
-    others, and the median begins anew. A norm that is not finite is skipped from the first step on. All ranks skip
-    together.
+    before there are so many. Where others are trained (`HardEvictionWarmup`), their norms have a median of their own. A
+    norm that is not finite is skipped from the first step on. All ranks skip together.
     Checkpoints keep the norms: a resumed run continues with the same median.
 
     `skipped_steps`, their number so far, is logged with the loss after it has changed.
@@ -69,9 +68,11 @@ class SpikeGuard(TrainerCallback):
         self.on_train_end(args, state, control)
         self._watch(self.trainer.accelerator)
         # Not as an ExportableState: restored as one it would be built from its arguments, and have no trainer.
-        fresh = {"args": {}, "attributes": {"norms": [], "skipped": 0, "in_a_row": 0, "trained": None}}
+        fresh = {"args": {}, "attributes": {"norms": {}, "skipped": 0, "in_a_row": 0}}
         self._kept = state.stateful_callbacks.setdefault(STATE, fresh)["attributes"]
-        self._norms = deque(self._kept["norms"], self.window)
+        kept = self._kept["norms"]
+        kept = kept if isinstance(kept, dict) else {"": kept}  # older checkpoints have one row of them
+        self._norms = {trained: deque(norms, self.window) for trained, norms in kept.items()}
         self._logged = self._kept["skipped"]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,15 +92,12 @@ class SpikeGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         norm, median = self._take_norm(), math.inf
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if self._kept.get("trained") not in (None, trained):
-            self._norms.clear()
-        self._kept["trained"] = trained
-        if len(self._norms) == self.window:
-            median = statistics.median(self._norms)
+        norms = self._norms_of(model)
+        if len(norms) == self.window:
+            median = statistics.median(norms)
         if not self._is_spike_anywhere(norm, median, args.device):
-            self._norms.append(norm)
-            self._kept.update(norms=list(self._norms), in_a_row=0)
+            norms.append(norm)
+            self._kept.update(norms={of: list(each) for of, each in self._norms.items()}, in_a_row=0)
             return
         step, found = state.global_step + 1, f"its gradient norm is {norm:.3g}"
         if math.isfinite(median):
@@ -121,6 +119,11 @@ class SpikeGuard(TrainerCallback):
         if "loss" in logs and self._logged != self._kept["skipped"]:
             self._logged = self._kept["skipped"]
             self.trainer.log({"skipped_steps": self._logged})
+
+    def _norms_of(self, model: Any) -> deque[float]:
+        """The last norms of steps in which as many parameters were trained as now."""
+        trained = str(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        return self._norms.setdefault(trained, self._norms.pop("", deque(maxlen=self.window)))
 
     def _take_norm(self) -> float:
         """The norm of this step, which is waited for."""

@@ -33,7 +33,7 @@ from .optimizer import GATE_LR, MuonAdamW, check_signature, parameter_groups
 from .passing import PassedStates
 from .progress import TokensPerSecond
 from .records import SleepRecord, check_same_run
-from .resuming import WholeCheckpoints
+from .resuming import PublishedNames
 from .rows import check_rows
 from .schedules import DuringStep
 from .windows import WindowsCurriculum
@@ -115,7 +115,7 @@ class SleepTrainingArguments(TrainingArguments):
             raise ValueError(f"pass_states={self.pass_states!r} must be a share of the steps, from 0 to 1")
 
 
-class SleepTrainer(WholeCheckpoints):
+class SleepTrainer(PublishedNames):
     """`Trainer` for a `SleepForCausalLM`; takes the same arguments, and pads with a `SleepCollator` by default.
 
     `evaluate` adds, where the rows have a `difficulty`, exact-match accuracy by difficulty, teacher-forced: an answer
@@ -167,7 +167,7 @@ class SleepTrainer(WholeCheckpoints):
             check_rows(self.train_dataset, self.data_collator, self.model)
         if self.args.eval_strategy != IntervalStrategy.NO:
             for rows in self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]:
-                check_judged(rows)
+                check_judged(self, rows)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if resume_from_checkpoint and resume_from_checkpoint is not True:
