@@ -6,13 +6,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import logging
 
-from .config import SleepConfig
+from .config import SETTINGS, SleepConfig
 from .dtypes import dtype_to_load
 from .lm_config import SleepLMConfig, check_keywords
 from .modeling import SleepForCausalLM
 from .modeling.only_sleep import HUB_KEYWORDS, NEW_WEIGHTS, for_the_hub, joined_reports
 
 logger = logging.get_logger(__name__)
+
+OF_CODE = ("trust_remote_code", "code_revision")
+OF_BASE = ("revision", "subfolder", "variant", "gguf_file")
+"""What says which of a place's files the base is, besides the place."""
 
 
 class AutoModelForSleepLM:
@@ -46,7 +50,11 @@ class AutoModelForSleepLM:
                 adapter of a base.
             TypeError: a setting of the sleep that was passed by itself, and not in `sleep`.
         """
-        lookup = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code", "gguf_file") if key in kwargs}
+        if sleep is not None and not isinstance(sleep, SleepConfig | dict):
+            raise ValueError(f"sleep={sleep!r}: it must be a SleepConfig, or a dictionary of its fields")
+        for name in () if not isinstance(sleep, dict) else sleep.keys() - SETTINGS.keys():
+            raise ValueError(f"sleep has {name!r}, which is no setting of sleep: it takes {', '.join(SETTINGS)}")
+        lookup = {key: kwargs[key] for key in (*HUB_KEYWORDS, *OF_CODE, "gguf_file") if key in kwargs}
         adapter, name, _ = maybe_load_adapters(
             pretrained_model_name_or_path, for_the_hub(kwargs), **(kwargs.get("adapter_kwargs") or {})
         )
@@ -60,12 +68,12 @@ class AutoModelForSleepLM:
         if adapter is not None:
             raise ValueError(
                 f"{adapter} holds an adapter for {name}, which does not sleep. Merge it first (merge_and_unload of the "
-                "PeftModel), then retrofit the result with SleepForCausalLM.from_base"
+                "PeftModel), then retrofit the result with SleepForCausalLM.from_base, and save it whole"
             )
         check_keywords(kwargs, config)
         base, report = _load_base(pretrained_model_name_or_path, kwargs)
         model = SleepForCausalLM.from_base(base, SleepConfig(**sleep) if isinstance(sleep, dict) else sleep)
-        if source := {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}:
+        if source := {key: kwargs[key] for key in OF_BASE if kwargs.get(key)}:
             model.config.base_source = {"of": model.config.base_model_name_or_path} | source
         if report is None:
             return model

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
@@ -14,7 +15,6 @@ from .base import hub_id
 from .card import is_our_card
 
 TAGS = ("hf_sleep", "sleep", "fast-weights", "long-context")
-WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 
 ENTRY = re.compile(
     r"model(?:\.(?P<whole>(?:(?!-of-)[^/])+))?\.safetensors|model\.safetensors\.index(?:\.(?P<index>[^/]+))?\.json"
@@ -70,6 +70,19 @@ def weight_files(folder: str | os.PathLike) -> dict[Path, tuple[str, int]]:
     return {path: (match["whole"] or match["index"] or "", path.stat().st_mtime_ns) for path, match in found if match}
 
 
+def files_of(variants: Iterable[str]) -> list[str]:
+    """Patterns of all weight files of some variants, `""` for those without one."""
+    dotted = [f".{variant}" if variant else "" for variant in sorted(variants)]
+    return [
+        pattern
+        for v in dotted
+        for pattern in (
+            *(f"model{v}.safetensors", f"model{v}-*-of-*.safetensors"),
+            f"model.safetensors.index{v}.json",
+        )
+    ]
+
+
 def drop_older_weights(folder: str | os.PathLike, before: dict[Path, tuple[str, int]]) -> None:
     """Delete whole weights that shards were written beside, or the index of shards that are gone.
 
@@ -120,7 +133,7 @@ class Repository:
         return not is_our_card(Path(path).read_text(encoding="utf-8", errors="replace"))
 
     def push(self, folder: str | os.PathLike, message: str | None = None, description: str | None = None) -> CommitInfo:
-        """Upload a checkpoint. Weight files of an earlier one go; a card that a person wrote stays.
+        """Upload a checkpoint. Weights of an earlier one go, of the same variant; a card that a person wrote stays.
 
         Args:
             folder: what `save_pretrained` wrote.
@@ -135,5 +148,5 @@ class Repository:
             revision=self.revision,
             create_pr=self.create_pr,
             ignore_patterns=["README.md"] if self._has_a_persons_card() else None,
-            delete_patterns=WEIGHT_FILES,
+            delete_patterns=files_of({variant for variant, _ in weight_files(folder).values()}),
         )

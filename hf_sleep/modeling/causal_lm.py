@@ -33,6 +33,7 @@ from .generation import SleepGenerationMixin
 from .headless import Headless
 from .inputs import check_inputs, check_keywords, check_positions, check_settings, ends_of, memory_in
 from .outputs import Asked, TokenLoss, answer, mean_loss, reaching
+from .plain import plain_base, source_of
 from .pretrained import draw_blocks
 
 # What PEFT, accelerate and transformers ask a model to learn how its linear layers are stored.
@@ -89,8 +90,9 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
             probed: what an earlier probe of an unlisted family found, with which it is not probed again.
 
         Raises:
-            ValueError: a family that needs an adapter, or settings that do not fit the base.
+            ValueError: no causal LM, a family that needs an adapter, or settings that do not fit the base.
         """
+        base = plain_base(base)
         decoder_for(base)
         probed = None if base.config.model_type in BASES else probed or probe(base).to_dict()
         # A new config resets what its sub-configs were loaded with.
@@ -98,7 +100,7 @@ class SleepForCausalLM(CheckpointMixin, SleepGenerationMixin):
         config = SleepLMConfig(
             text_config=base.config,
             sleep=sleep or SleepConfig(),
-            base_model_name_or_path=base.config._name_or_path or None,
+            base_model_name_or_path=source_of(base.config._name_or_path),
             base_fingerprint=fingerprint(base),
             base_checksum=checksum(base),
             dtype=base.dtype,

@@ -42,6 +42,7 @@ from .only_sleep import (
     for_the_hub,
     joined_reports,
 )
+from .plain import has_adapter
 from .pretrained import SleepPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -94,6 +95,7 @@ class CheckpointMixin(SleepPreTrainedModel):
         Raises:
             ValueError: a checkpoint that could not be loaded again.
         """
+        self._check_not_over_base(only_sleep, save_directory)
         if push_to_hub:
             hub = {key: kwargs.pop(key) for key in PUSH_KEYWORDS if key in kwargs}
             repo_id = hub.pop("repo_id", Path(save_directory).name)
@@ -113,8 +115,13 @@ class CheckpointMixin(SleepPreTrainedModel):
                 "the model carries PEFT adapters: call save_pretrained of the PeftModel for the adapter, or save what "
                 "its merge_and_unload() returns"
             )
+        if not self._hf_peft_config_loaded and has_adapter(self.lm) and not hasattr(self, "peft_config"):
+            raise ValueError(
+                "the base carries a PEFT adapter, whose names no loaded base has: merge it (merge_and_unload) and "
+                "retrofit the result"
+            )
         if not only_sleep:
-            if getattr(self.lm, "hf_quantizer", None) is not None:
+            if self.quantizer is not None:
                 raise ValueError(
                     "the base is quantised, and a quantised base cannot be written inside a sleep checkpoint: use "
                     "save_pretrained(..., only_sleep=True)"
@@ -125,8 +132,7 @@ class CheckpointMixin(SleepPreTrainedModel):
                 "only_sleep=True needs to know where the base comes from, and this one was built in memory: set "
                 "config.base_model_name_or_path, or save everything"
             )
-        found = (None if self.config.base_checksum is None else checksum(self.lm)), fingerprint(self.lm)
-        if found != (self.config.base_checksum, self.config.base_fingerprint):
+        if not is_base_of(self.config, self.lm):
             raise ValueError(
                 "only_sleep=True would lose what the base learned: its weights are no longer those it was loaded with. "
                 "Save everything"
@@ -134,6 +140,15 @@ class CheckpointMixin(SleepPreTrainedModel):
         if not any(name.startswith(NEW_WEIGHTS) for name, _ in self.named_parameters()):
             raise ValueError(
                 "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
+            )
+
+    def _check_not_over_base(self, only_sleep: bool, folder: str | os.PathLike) -> None:
+        """Raise `ValueError` where new weights alone would replace the base that they need."""
+        base, source = self.config.base_model_name_or_path, self.config.base_source or {}
+        if only_sleep and base and Path(base, source.get("subfolder", "")).resolve() == Path(folder).resolve():
+            raise ValueError(
+                f"only_sleep=True into {folder} would replace the base that is there, which the new weights need: save "
+                "to another folder"
             )
 
     def _save(
@@ -184,8 +199,10 @@ class CheckpointMixin(SleepPreTrainedModel):
         tags: list[str] | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
-    ) -> CommitInfo:
+    ) -> CommitInfo | None:
         """Write a checkpoint to the Hub, with a model card unless a person wrote the one that is there.
+
+        Of several processes the main one pushes (`is_main_process`); the others return `None`.
 
         Args:
             repo_id: `"name"` or `"owner/name"`; made where there is none.
@@ -204,13 +221,20 @@ class CheckpointMixin(SleepPreTrainedModel):
             ValueError: a checkpoint that could not be loaded again, here or by others.
         """
         self._check_loads_again(only_sleep, state_dict)
-        base = self.config.base_model_name_or_path
+        if not kwargs.get("is_main_process", True):
+            return None
+        base, source = self.config.base_model_name_or_path, self.config.base_source or {}
         if only_sleep and hub_id(base) is None:
             raise ValueError(
                 f"only_sleep=True would send those who load {repo_id} to {base!r}, a folder of this machine: set "
                 "config.base_model_name_or_path to the base's id on the Hub, or push everything"
             )
         hub = Repository(repo_id, private, token, revision, create_pr)
+        if only_sleep and (hub.repo_id, revision or "main") == (base, source.get("revision", "main")):
+            raise ValueError(
+                f"only_sleep=True into {repo_id} would replace the base that is there, which the new weights need: "
+                "push to another repository"
+            )
         card = {"tags": tags or (), "download": True, "token": token}
         with TemporaryDirectory() as folder:
             self._save(folder, hub.repo_id, only_sleep, state_dict, card, **kwargs)
@@ -251,6 +275,11 @@ class CheckpointMixin(SleepPreTrainedModel):
         if sleep is not None:
             config.sleep = config.sleep.changed(sleep).resolve(config.text_config)
         if not config.only_sleep:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    "quantization_config: the checkpoint holds base and new weights in one, and the new ones must not "
+                    "be quantised. Save it with only_sleep=True, and load that so"
+                )
             return super().from_pretrained(name, *args, config=config, adapter_kwargs=adapter_kwargs, **kwargs)
         return cls._from_blocks(name, *args, config=config, adapter_kwargs=adapter_kwargs, **kwargs)
 
@@ -331,10 +360,24 @@ def _config_of(
     return config, kwargs
 
 
+def is_base_of(config: SleepLMConfig, lm: PreTrainedModel) -> bool:
+    """Tell whether a base has the weights that a config says it had; of configs before there were checksums, some."""
+    if config.base_checksum is not None:
+        return config.base_checksum == checksum(lm)
+    return config.base_fingerprint == fingerprint(lm)
+
+
+def is_same_base(one: SleepLMConfig, other: SleepLMConfig) -> bool:
+    """Tell whether two configs are of a base with the same weights, as far as they say."""
+    if None not in (one.base_checksum, other.base_checksum):
+        return one.base_checksum == other.base_checksum
+    return one.base_fingerprint in (None, other.base_fingerprint)
+
+
 def _give_config(model: Any, config: SleepLMConfig, name: Any) -> None:
     """Give a model that was made on a loaded base its checkpoint's config, but what that base says of itself."""
     made = model.config
-    if config.base_fingerprint not in (None, made.base_fingerprint):
+    if not is_same_base(config, made):
         logger.warning(
             f"The base loaded from {config.base_model_name_or_path} has other weights than the one these fast "
             "weights were made with (another revision or quantisation?): what they remember may not fit it."

@@ -62,7 +62,7 @@ def why_not(model: Any) -> str | None:
     """What keeps a model from being compiled, where something does."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate moves this model's weights or inputs between devices"
-    quantizer = getattr(model.lm, "hf_quantizer", None)
+    quantizer = model.quantizer
     if quantizer is not None and not quantizer.is_compileable:
         return f"{type(quantizer).__name__} says that what it quantises cannot be"
     return None

@@ -101,6 +101,11 @@ def base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]
     asked["dtype"] = dtype if dtype not in (None, "auto") else config.dtype or "auto"
     lookup = {key: asked[key] for key in (*HUB_KEYWORDS, "gguf_file") if key in asked}
     own = AutoConfig.from_pretrained(source, **lookup)
+    if isinstance(own, SleepLMConfig):
+        raise ValueError(
+            f"the checkpoint holds fast weights alone, and {source}, where their base was, holds a sleep checkpoint: "
+            "pass base_model_name_or_path=…, or load that one"
+        )
     _check_same_base(config.text_config, own.get_text_config())
     text = copy.deepcopy(config.text_config)
     # Whether its files are quantised is for them to say.

@@ -64,6 +64,11 @@ class SleepPreTrainedModel(PreTrainedModel):
         of_blocks = {name for block in blocks.values() for name in block.fp32_parameters}
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *of_blocks, *of_base}
 
+    @property
+    def quantizer(self) -> Any:
+        """Of the base, or of this model where it was loaded quantised as a whole; `None`: there is none."""
+        return getattr(self.lm, "hf_quantizer", None) or getattr(self, "hf_quantizer", None)
+
     def make_between(self) -> Between:
         """Make the step between two passes that the config names."""
         return BETWEEN[self.config.sleep.between](self.config.text_config.hidden_size)

@@ -294,7 +294,7 @@ class SleepTrainer(PublishedNames):
     def _check_saving(self) -> None:
         if self.args.save_strategy == SaveStrategy.NO or not isinstance(self.model, SleepForCausalLM):
             return
-        if getattr(self.model.lm, "hf_quantizer", None) is not None:
+        if self.model.quantizer is not None:
             raise ValueError(
                 f"save_strategy={self.args.save_strategy.value!r}: a checkpoint would hold the base, and a quantised "
                 "one cannot be written inside a sleep checkpoint. Set save_strategy='no' and call "

@@ -125,7 +125,7 @@ def load(options: Retrofit) -> SleepForCausalLM:
     if options.block_half_lives == [0, 0]:
         sleep["block_half_lives"] = None  # the kind's own
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
-    if model.config.base_model_name_or_path == options.model:
+    if not isinstance(AutoConfig.from_pretrained(options.model), SleepLMConfig):
         for block in model.fast_weights.values():
             block.init_weights(model.lm.config.initializer_range)  # from the seed: a retrofit's follow from its base
     if not options.whole_model:
