@@ -102,7 +102,7 @@ def test_the_share_recovered_is_that_of_the_gain():
 @every_eviction
 def test_forgetting_is_the_loss_of_one_call_over_both_texts(family, eviction):
     model, text = make_model(family, settings(family, eviction), torch.double), tokens(30 * L)
-    circle, expected, alone = torch.cat((text, text)), [], []
+    circle, expected, alone, of_others = torch.cat((text, text)), [], [], []
     with torch.no_grad(), exact():
         found = forgetting(model, text, (1, 3), texts=3, sleep_passes=2, batch_size=2)
         for start in (0, 10 * L, 20 * L):
@@ -110,24 +110,31 @@ def test_forgetting_is_the_loss_of_one_call_over_both_texts(family, eviction):
             for windows in found.between:
                 ids = torch.cat((told, others[: windows * L], asked))[None]
                 expected.append(losses(model(ids, sleep_passes=2).logits, ids)[0, -L + 1 :])
+                ids = torch.cat((others[: windows * L], asked))[None]
+                of_others.append(losses(model(ids, sleep_passes=2).logits, ids)[0, -L + 1 :])
             alone.append(losses(model(asked[None]).logits, asked[None]))
     assert found.between == (0, 1, 3)
     torch.testing.assert_close(found.losses.flatten(0, 1), torch.stack(expected))
+    torch.testing.assert_close(found.others.flatten(0, 1), torch.stack(of_others))
     if eviction == "hard":
         torch.testing.assert_close(found.zeroed, torch.cat(alone)[:, None].expand_as(found.zeroed))
     means = (found.zeroed - found.losses).mean((0, 2))
     assert [gained for gained, _, _ in found.gained()] == pytest.approx(means.tolist(), abs=1e-6)
+    means = (found.others - found.losses).mean((0, 2))
+    assert [left for left, _, _ in found.left()] == pytest.approx(means.tolist(), abs=1e-6)
 
 
 def test_what_is_gained_has_an_interval_of_five_texts_or_more():
     losses = torch.arange(6.0)[:, None, None].expand(6, 2, 3)
-    found = Forgetting((0, 1), losses, losses + torch.tensor([[1.0], [2.0]]) + losses / 10)
+    zeroed = losses + torch.tensor([[1.0], [2.0]]) + losses / 10
+    found = Forgetting((0, 1), losses, zeroed, zeroed + 1)
     for (gained, low, high), expected in zip(found.gained(), (1.25, 2.25), strict=True):
         assert gained == pytest.approx(expected)
         assert expected - 0.25 < low < expected < high < expected + 0.25
-    few = Forgetting((0, 1), found.losses[:4], found.zeroed[:4])
+    few = Forgetting((0, 1), found.losses[:4], found.zeroed[:4], found.others[:4])
     assert few.to_dict()["gained_95"] == [[pytest.approx(1.15), None, None], [pytest.approx(2.15), None, None]]
-    assert "| gained by memory (95 %) | 1.150 | 2.150 |" in forgetting_table(few)
+    assert "| gained by all memory (95 %) | 1.150 | 2.150 |" in forgetting_table(few)
+    assert "| left of the text (95 %) | 2.150 | 3.150 |" in forgetting_table(few)
     assert re.search(r"\| 1\.250 \(1\.\d+ to 1\.\d+\) \|", forgetting_table(found))
 
 
@@ -301,6 +308,17 @@ def test_the_same_bytes_are_spent_on_the_latest_tokens(asked, monkeypatch):
         start = max(0, 2 * L - before)
         assert recent["input_ids"] == row["input_ids"][start:]
         assert "sleep_after" not in recent
+
+
+@pytest.mark.parametrize(("eviction", "kept"), [("sliding", L - 1), ("sliding+sink", L - 1), ("hard+sink", 0)])
+def test_the_same_bytes_count_what_the_eviction_keeps(eviction, kept, asked):
+    _, _, rows = asked
+    model = make_model("llama", settings("llama", eviction), torch.double)
+    sinks = model.config.sleep.num_sink_tokens
+    start = max(0, 2 * L - kept - answers.same_bytes(model))
+    for row, read in zip(rows, answers.read_by("same_bytes", model, rows), strict=True):
+        expected = row["input_ids"] if start <= sinks else row["input_ids"][:sinks] + row["input_ids"][start:]
+        assert read["input_ids"] == expected
 
 
 def test_where_eviction_keeps_tokens_the_last_window_has_them(asked, monkeypatch):

@@ -120,7 +120,9 @@ def test_a_long_window_holds_several_questions():
     assert 160 // rows.question == 2
     for row in rows:
         assert len(row["input_ids"]) == 160 + 2 * rows.question
-        assert len([label for label in row["labels"] if label != -100]) == 2 * rows.asked
+        answers = [label for label in row["labels"] if label != -100]
+        assert len(answers) == 2 * rows.asked
+        assert abs(answers[0] - answers[rows.asked]) >= rows.given + rows.asked  # none tells of the other
 
 
 def test_rows_sleep_at_the_ends_of_documents_and_before_they_ask():

@@ -70,7 +70,7 @@ def evaluate(
     """Measure what MODEL remembers of text that has left its window, at each N and with controls.
 
     Position is the loss over positions in a long text, and the share of what a full context gains over the window alone
-    that memory gives back. Forgetting is what memory takes off the loss of a text's next window after windows of other
+    that memory gives back. Forgetting is what is left of a text, in the loss of its next window, after windows of other
     text. The other tests ask questions. Their controls are the last window alone, the full context, and the base with a
     KV cache of as many bytes as the memory takes.
     """

@@ -93,7 +93,7 @@ class TextRows(Dataset):
 
     A plain row has labels everywhere. A row that asks ends with a window of questions: each gives the first tokens of a
     passage from the windows before, which are slept on by then, and is answered by the rest of the passage, on which
-    alone there are labels.
+    alone there are labels. The passages of a row do not overlap.
 
     Args:
         text: where rows are from.
@@ -181,8 +181,7 @@ class TextRows(Dataset):
         """A row of text, with as many questions about it as fit into one more window."""
         told = row["input_ids"]
         ids, labels = list(told), [IGNORED] * len(told)
-        for _ in range(self.window_size // self.question):
-            first = rng.randint(len(self.start), len(told) - self.given - self.asked)
+        for first in self._apart(len(told), rng):
             given, asked = told[first:][: self.given], told[first + self.given :][: self.asked]
             question = [*self.before, *given, *self.after]
             ids += question + asked
@@ -191,6 +190,16 @@ class TextRows(Dataset):
         if self.sleep_at_ends:
             asking["sleep_after"] = [*row["sleep_after"][:-1], 1] + [0] * (len(ids) - len(told))
         return asking
+
+    def _apart(self, length: int, rng: random.Random) -> list[int]:
+        """Where the passages of a row begin, in any order; none overlaps another, which would tell of it."""
+        span = self.given + self.asked
+        free = length - len(self.start)
+        count = min(self.window_size // self.question, free // span)
+        places = sorted(rng.randint(0, free - count * span) for _ in range(count))
+        firsts = [len(self.start) + place + i * span for i, place in enumerate(places)]
+        rng.shuffle(firsts)
+        return firsts
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -130,8 +130,8 @@ def measure(
     `all` reads everything, and sleeps on the way. `last_window` reads what stands in the window of the question alone,
     and before it as many tokens as the eviction keeps the KV of. `full` reads everything and never sleeps: with
     untrained blocks that is the base itself, of one that was pre-trained with loops in one of them. `same_bytes` is the
-    base without what was injected; beside the window of the question it reads as many tokens before it as their keys
-    and values take the bytes of what was injected.
+    base without what was injected; beside the window of the question it reads the tokens whose keys and values the
+    eviction keeps, and as many before them as take the bytes of what was injected.
 
     Args:
         model: in eval mode.
@@ -176,8 +176,10 @@ def read_by(control: str, model: SleepForCausalLM, rows: Sequence[Row]) -> list[
     if control == "last_window":
         read = [last_window(row, size, eviction.recent, eviction.num_sink_tokens) for row in rows]
         return list(map(without_sleep, read)) if eviction.most_retained else read
-    before = {"full": whole, "same_bytes": same_bytes(model)}[control]
-    return [without_sleep(last_window(row, size, before)) for row in rows]
+    if control == "full":
+        return [without_sleep(last_window(row, size, whole)) for row in rows]
+    before = eviction.recent + same_bytes(model)
+    return [without_sleep(last_window(row, size, before, eviction.num_sink_tokens)) for row in rows]
 
 
 def longest(task: Task, rows: Sequence[Row]) -> int:

@@ -1,4 +1,4 @@
-"""Forgetting: how much a memory still helps with a text after others were read."""
+"""Forgetting: how much of a text is left in a memory after others were read."""
 
 import math
 from collections.abc import Sequence
@@ -26,18 +26,28 @@ class Forgetting:
         between: windows of other text that were read in between, ascending.
         losses: `[R, K, L - 1]` in nats, float32, of R texts at each of K `between`.
         zeroed: the same with the fast weights set to zero before the next window: what the KV that is kept tells.
+        others: the same of a memory that has read the others alone, and never the text.
     """
 
     between: tuple[int, ...]
     losses: torch.Tensor
     zeroed: torch.Tensor
+    others: torch.Tensor
+
+    def left(self) -> list[tuple[float, float, float]]:
+        """By `between`: what having read the text takes off the loss, in nats, and its 95 % interval (bootstrap).
+
+        That is what is left of it: the others are in both. The ends are NaN of fewer than 5 texts.
+        """
+        return self._mean(self.others - self.losses)
 
     def gained(self) -> list[tuple[float, float, float]]:
-        """By `between`: what memory takes off the loss, in nats, and the ends of its 95 % interval (bootstrap).
+        """The same of what the whole memory takes off, the others' part and the harm that they do included."""
+        return self._mean(self.zeroed - self.losses)
 
-        The ends are NaN of fewer than 5 texts.
-        """
-        by_text = (self.zeroed - self.losses).mean(-1)
+    @staticmethod
+    def _mean(taken_off: torch.Tensor) -> list[tuple[float, float, float]]:
+        by_text = taken_off.mean(-1)
         if len(by_text) < FEWEST_ROWS:
             return [(gained, math.nan, math.nan) for gained in by_text.mean(0).tolist()]
         drawn = torch.randint(len(by_text), (RESAMPLES, len(by_text)), generator=torch.Generator().manual_seed(0))
@@ -46,13 +56,18 @@ class Forgetting:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        gained = [[None if math.isnan(number) else round(number, 5) for number in each] for each in self.gained()]
+        left, gained = (
+            [[None if math.isnan(number) else round(number, 5) for number in each] for each in of]
+            for of in (self.left(), self.gained())
+        )
         return {
             "texts": len(self.losses),
             "told_windows": TOLD,
             "between": list(self.between),
             "loss": self.losses.mean((0, 2)).tolist(),
             "loss_zeroed": self.zeroed.mean((0, 2)).tolist(),
+            "loss_others": self.others.mean((0, 2)).tolist(),
+            "left_95": left,
             "gained_95": gained,
         }
 
@@ -67,6 +82,8 @@ def forgetting(
     start: Sequence[int] = (),
 ) -> Forgetting:
     """Read four windows of a text, then windows of others, and measure the loss in the text's next window.
+
+    Against it stand the same with the memory zeroed, and a memory that has read the others alone.
 
     Args:
         model: in eval mode.
@@ -104,16 +121,15 @@ def forgetting(
         _of_batch(model, mine.to(model.device), theirs.to(model.device), between, sleep_passes)
         for mine, theirs in zip(told.split(batch_size), others.split(batch_size), strict=True)
     ]
-    losses, zeroed = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Forgetting(between, losses, zeroed)
+    return Forgetting(between, *(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 @torch.no_grad()
 def _of_batch(
     model: SleepForCausalLM, told: torch.Tensor, others: torch.Tensor, between: Sequence[int], passes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    size, cache, read = model.config.sleep.window_size, SleepCache(), 0
-    losses, zeroed = [], []
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    size, cache, alone, read = model.config.sleep.window_size, SleepCache(), SleepCache(), 0
+    losses, zeroed, of_others = [], [], []
     asked = told[:, -size:]
 
     def loss(fork: SleepCache) -> torch.Tensor:
@@ -124,11 +140,13 @@ def _of_batch(
     model.sleep(cache, passes)
     for windows in between:
         if windows > read:
-            model(others[:, read * size : windows * size], cache=cache, sleep_passes=passes, logits_to_keep=1)
-            model.sleep(cache, passes)
+            for each in (cache, alone):
+                model(others[:, read * size : windows * size], cache=each, sleep_passes=passes, logits_to_keep=1)
+                model.sleep(each, passes)
             read = windows
         losses.append(loss(cache.fork()))
+        of_others.append(loss(alone.fork()))
         nothing = cache.fork()
         nothing.hold(model, without_fast_weights(cache.memory))
         zeroed.append(loss(nothing))
-    return torch.stack(losses, 1), torch.stack(zeroed, 1)
+    return torch.stack(losses, 1), torch.stack(zeroed, 1), torch.stack(of_others, 1)

@@ -68,15 +68,16 @@ def position_table(found: PositionLosses) -> str:
 
 
 def forgetting_table(found: Forgetting) -> str:
-    """Markdown: by the windows of other text in between, the loss with and without memory, and what it takes off."""
+    """Markdown: by the windows of other text in between, losses, what is left of the text, and what memory gains."""
     rows = [["windows in between", *map(str, found.between)]]
-    for name, losses in (("loss", found.losses), ("memory zeroed", found.zeroed)):
+    ways = {"loss": found.losses, "memory of the others alone": found.others, "memory zeroed": found.zeroed}
+    for name, losses in ways.items():
         rows.append([name, *(f"{loss:.3f}" for loss in losses.mean((0, 2)).tolist())])
-    gained = [
-        f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
-        for mean, low, high in found.gained()
-    ]
-    return markdown([*rows, ["gained by memory (95 %)", *gained]])
+    for name, of in (("left of the text (95 %)", found.left()), ("gained by all memory (95 %)", found.gained())):
+        rows.append(
+            [name, *(f"{m:.3f}" if math.isnan(low) else f"{m:.3f} ({low:.3f} to {high:.3f})" for m, low, high in of)]
+        )
+    return markdown(rows)
 
 
 def _share(share: float, low: float, high: float) -> str:
@@ -109,17 +110,17 @@ def plot_positions(found: PositionLosses, path: Path) -> None:
 
 
 def plot_forgetting(found: Forgetting, path: Path) -> None:
-    """Draw what memory takes off the loss, by the windows of other text in between, with its 95 % interval.
+    """Draw what is left of a text, by the windows of other text in between, with its 95 % interval.
 
     Raises:
         ImportError: without matplotlib.
     """
     figure, axes = _figure()
-    mean, low, high = zip(*found.gained(), strict=True)
+    mean, low, high = zip(*found.left(), strict=True)
     axes.plot(found.between, mean, "o-")
     axes.fill_between(found.between, low, high, alpha=0.2)
     axes.axhline(0, color="k", linestyle=":")
-    axes.set(xlabel="windows of other text in between", ylabel="gained by memory, nats per token")
+    axes.set(xlabel="windows of other text in between", ylabel="left of the text, nats per token")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(-0.1, 1.2 * found.between[-1])
     axes.set_xticks(found.between, [str(windows) for windows in found.between])

@@ -132,6 +132,8 @@ def _left_out(model: SleepForCausalLM, asked: Sequence[tuple[Task, Sequence[Row]
         length = max(longest(task, read_by(name, model, rows)) for task, rows in asked)
         if name == "same_bytes" and model.decoder.base_loops > 1:
             yield name, "the base was pre-trained with loops, and what sleeps runs it without"
+        elif name == "same_bytes" and not model.fast_weights:
+            yield name, "nothing was injected: the fast weights are the base's own"
         elif name != "last_window" and most is not None and length > most:
             yield name, f"it would read {length} tokens, and the base has {most} positions"
 
