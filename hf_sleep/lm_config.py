@@ -36,8 +36,8 @@ class SleepLMConfig(PreTrainedConfig):
         text_config: the base decoder's config, or its dictionary.
         sleep: `SleepConfig`, or its dictionary; resolved against `text_config`.
         base_model_name_or_path: folder or Hub id of the base, for cards, and to load an only-sleep checkpoint.
-        base_source: keywords that find the base, where it is not at the root of the main branch: `revision`,
-            `subfolder`; and the name that they go with, `of`.
+        base_source: keywords that find the base, where it is not at the root of the main branch or not in the usual
+            files: `revision`, `subfolder`, `variant`, `gguf_file`; and the name that they go with, `of`.
         base_fingerprint: digest of the base's weights, by which an only-sleep checkpoint knows its base again.
         base_checksum: of every value of them, by which it is known that the base has not learned, and the new weights
             may be saved alone; a checkpoint from before there was one has none.
