@@ -52,7 +52,7 @@ class AutoModelForSleepLM:
         """
         if sleep is not None and not isinstance(sleep, SleepConfig | dict):
             raise ValueError(f"sleep={sleep!r}: it must be a SleepConfig, or a dictionary of its fields")
-        for name in () if not isinstance(sleep, dict) else sleep.keys() - SETTINGS.keys():
+        for name in () if not isinstance(sleep, dict) else sleep.keys() - {*SETTINGS, "version"}:
             raise ValueError(f"sleep has {name!r}, which is no setting of sleep: it takes {', '.join(SETTINGS)}")
         lookup = {key: kwargs[key] for key in (*HUB_KEYWORDS, *OF_CODE, "gguf_file") if key in kwargs}
         adapter, name, _ = maybe_load_adapters(

@@ -1,5 +1,6 @@
 """Checkpoints where they meet others: the base's place, the Hub's files, compiled and adapted bases, remote code."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from hf_sleep import AutoModelForSleepLM, SleepForCausalLM
+from hf_sleep.hub import hub_id
 
 # huggingface_hub's own upload to git-LFS, the way it takes without hf_xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -79,15 +81,22 @@ def test_the_variant_of_a_base_is_remembered(folder):
     assert_same_weights(AutoModelForSleepLM.from_pretrained(folder.parent / "blocks"), model)
 
 
-def test_a_base_in_a_folder_is_found_from_another_one(folder, monkeypatch, tmp_path):
+def test_a_base_in_a_folder_is_never_looked_for_on_the_hub(folder, monkeypatch, tmp_path):
+    folder.parent.joinpath("models").mkdir()
+    folder.rename(folder.parent / "models" / "base")
     monkeypatch.chdir(folder.parent)
-    model = retrofit("base")
+    model = retrofit("models/base")
     (tmp_path / "elsewhere").mkdir()
+    model.save_pretrained("elsewhere/blocks", only_sleep=True)
+    assert_same_weights(AutoModelForSleepLM.from_pretrained("elsewhere/blocks"), model)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    model.save_pretrained("blocks", only_sleep=True)
-    assert_same_weights(AutoModelForSleepLM.from_pretrained("blocks"), model)
-    assert "huggingface.co/base" not in Path("blocks/README.md").read_text(encoding="utf-8")
-    assert model.config.base_model_name_or_path == str(folder)
+    assert hub_id(model.config.base_model_name_or_path) is None
+    model.save_pretrained("again", only_sleep=True)
+    assert "huggingface.co/models" not in Path("again/README.md").read_text(encoding="utf-8")
+    with pytest.raises(OSError, match="base"):
+        AutoModelForSleepLM.from_pretrained("blocks")
+    monkeypatch.chdir(tmp_path)
+    assert_same_weights(AutoModelForSleepLM.from_pretrained("elsewhere/again"), model)
 
 
 def test_rounding_to_another_dtype_is_no_learning(folder):
@@ -128,6 +137,17 @@ def test_a_push_takes_away_what_it_replaces_alone(hub, folder):
     assert weights_of(hub) == {"model.safetensors", "model.fp16.safetensors"}
     for variant in (None, "fp16"):
         assert_same_weights(AutoModelForSleepLM.from_pretrained("me/x", variant=variant), model)
+
+
+def test_variants_of_another_model_go(hub, folder):
+    hub.put("org/tiny", folder)
+    model = retrofit("org/tiny")
+    model.push_to_hub("me/x", only_sleep=True)
+    model.push_to_hub("me/x", variant="fp16")
+    assert weights_of(hub) == {"model.fp16.safetensors"}
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForSleepLM.from_pretrained("me/x")
+    assert_same_weights(AutoModelForSleepLM.from_pretrained("me/x", variant="fp16"), model)
 
 
 def test_of_several_processes_the_main_one_pushes(hub, folder, tmp_path):
@@ -200,6 +220,11 @@ def test_the_revision_of_remote_code_is_asked_for(folder, monkeypatch):
     monkeypatch.setattr("hf_sleep.auto.AutoConfig", SimpleNamespace(from_pretrained=config))
     retrofit(folder, trust_remote_code=True, code_revision="audited")
     assert asked == ["audited"]
+
+
+def test_settings_that_were_written_down_are_read_back(folder):
+    for sleep in (dataclasses.asdict(SLEEP), SLEEP.to_dict()):
+        assert AutoModelForSleepLM.from_pretrained(folder, sleep=sleep).config.sleep.window_size == SLEEP.window_size
 
 
 @pytest.mark.parametrize("sleep", ["hard", 4, {"window": 8}], ids=str)

@@ -138,6 +138,14 @@ def test_what_is_gained_has_an_interval_of_five_texts_or_more():
     assert re.search(r"\| 1\.250 \(1\.\d+ to 1\.\d+\) \|", forgetting_table(found))
 
 
+def test_nothing_is_left_of_a_text_where_only_its_first_token_stays():
+    """As a sink, which is the same for every text, of an untrained retrofit."""
+    own = settings("llama", "hard+sink", num_sink_tokens=1)
+    model = make_model("llama", own, torch.double, trained=False).eval()
+    found = forgetting(model, tokens(96), (1, 3), texts=2, sleep_passes=2, start=[60])
+    torch.testing.assert_close(found.others, found.losses)
+
+
 def test_texts_that_would_overlap_are_not_read():
     model = make_model("llama", settings("llama"))
     assert len(forgetting(model, tokens(96), (3,), texts=20, sleep_passes=1).losses) == 96 // (5 * L)

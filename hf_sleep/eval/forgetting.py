@@ -118,7 +118,7 @@ def forgetting(
     far = [(i + len(tokens) // 2) % len(tokens) for i in starts]
     others = torch.stack([circle[i:][: between[-1] * size] for i in far])
     found = [
-        _of_batch(model, mine.to(model.device), theirs.to(model.device), between, sleep_passes)
+        _of_batch(model, mine.to(model.device), theirs.to(model.device), begin, between, sleep_passes)
         for mine, theirs in zip(told.split(batch_size), others.split(batch_size), strict=True)
     ]
     return Forgetting(between, *(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -126,7 +126,12 @@ def forgetting(
 
 @torch.no_grad()
 def _of_batch(
-    model: SleepForCausalLM, told: torch.Tensor, others: torch.Tensor, between: Sequence[int], passes: int
+    model: SleepForCausalLM,
+    told: torch.Tensor,
+    others: torch.Tensor,
+    begin: torch.Tensor,
+    between: Sequence[int],
+    passes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     size, cache, alone, read = model.config.sleep.window_size, SleepCache(), SleepCache(), 0
     losses, zeroed, of_others = [], [], []
@@ -136,6 +141,9 @@ def _of_batch(
         logits = model(asked[:, :-1], cache=fork, sleep_passes=passes).logits.float()
         return F.cross_entropy(logits.transpose(1, 2), asked[:, 1:], reduction="none").cpu()
 
+    if len(begin):  # as the text begins: it may be a sink
+        model(begin.to(told).expand(len(told), -1), cache=alone, logits_to_keep=1)
+        model.sleep(alone, passes)
     model(told[:, :-size], cache=cache, sleep_passes=passes, logits_to_keep=1)
     model.sleep(cache, passes)
     for windows in between:

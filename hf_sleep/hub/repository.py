@@ -21,6 +21,10 @@ ENTRY = re.compile(
 )
 """Whole weights, or the index of shards, of a variant if there is one."""
 
+ALL_WEIGHTS = ["model*.safetensors", "model.safetensors.index*.json"]
+OF_WEIGHTS = ("only_sleep", "model_type", "base_fingerprint", "base_checksum", "text_config")
+"""Fields of a config in which variants of one checkpoint agree."""
+
 # Loaded by transformers where a checkpoint is read with trust_remote_code=True.
 AUTO_MAP = {
     "AutoConfig": "modeling_hf_sleep.SleepLMConfig",
@@ -132,8 +136,21 @@ class Repository:
             return False
         return not is_our_card(Path(path).read_text(encoding="utf-8", errors="replace"))
 
+    def _outdated(self, folder: Path) -> list[str]:
+        """Patterns of the weights that a checkpoint replaces: of other variants too, where it is of another model."""
+        if not (mine := folder / "config.json").is_file():
+            return []  # an adapter alone
+        try:
+            theirs = self.api.hf_hub_download(self.repo_id, "config.json", revision=self.revision)
+        except EntryNotFoundError:
+            return ALL_WEIGHTS
+        one, other = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (mine, theirs))
+        if any(one.get(name) != other.get(name) for name in OF_WEIGHTS):
+            return ALL_WEIGHTS
+        return files_of({variant for variant, _ in weight_files(folder).values()})
+
     def push(self, folder: str | os.PathLike, message: str | None = None, description: str | None = None) -> CommitInfo:
-        """Upload a checkpoint. Weights of an earlier one go, of the same variant; a card that a person wrote stays.
+        """Upload a checkpoint. Weights of an earlier one go, but other variants of it; a person's card stays.
 
         Args:
             folder: what `save_pretrained` wrote.
@@ -148,5 +165,5 @@ class Repository:
             revision=self.revision,
             create_pr=self.create_pr,
             ignore_patterns=["README.md"] if self._has_a_persons_card() else None,
-            delete_patterns=files_of({variant for variant, _ in weight_files(folder).values()}),
+            delete_patterns=self._outdated(Path(folder)),
         )

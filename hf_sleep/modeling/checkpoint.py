@@ -142,9 +142,14 @@ class CheckpointMixin(SleepPreTrainedModel):
                 "only_sleep=True: this model has no injected blocks, its fast weights are the base's own layers"
             )
 
+    def _base_source(self) -> tuple[str | None, dict[str, Any]]:
+        """Where the base is, and which of the files there."""
+        base, source = self.config.base_model_name_or_path, self.config.base_source or {}
+        return base, source if source.get("of") == base else {}
+
     def _check_not_over_base(self, only_sleep: bool, folder: str | os.PathLike) -> None:
         """Raise `ValueError` where new weights alone would replace the base that they need."""
-        base, source = self.config.base_model_name_or_path, self.config.base_source or {}
+        base, source = self._base_source()
         if only_sleep and base and Path(base, source.get("subfolder", "")).resolve() == Path(folder).resolve():
             raise ValueError(
                 f"only_sleep=True into {folder} would replace the base that is there, which the new weights need: save "
@@ -223,14 +228,15 @@ class CheckpointMixin(SleepPreTrainedModel):
         self._check_loads_again(only_sleep, state_dict)
         if not kwargs.get("is_main_process", True):
             return None
-        base, source = self.config.base_model_name_or_path, self.config.base_source or {}
+        base, source = self._base_source()
         if only_sleep and hub_id(base) is None:
             raise ValueError(
                 f"only_sleep=True would send those who load {repo_id} to {base!r}, a folder of this machine: set "
                 "config.base_model_name_or_path to the base's id on the Hub, or push everything"
             )
         hub = Repository(repo_id, private, token, revision, create_pr)
-        if only_sleep and (hub.repo_id, revision or "main") == (base, source.get("revision", "main")):
+        branch = source.get("revision", "main")
+        if only_sleep and not source.get("subfolder") and (hub.repo_id, revision or "main") == (base, branch):
             raise ValueError(
                 f"only_sleep=True into {repo_id} would replace the base that is there, which the new weights need: "
                 "push to another repository"
@@ -361,10 +367,13 @@ def _config_of(
 
 
 def is_base_of(config: SleepLMConfig, lm: PreTrainedModel) -> bool:
-    """Tell whether a base has the weights that a config says it had; of configs before there were checksums, some."""
-    if config.base_checksum is not None:
-        return config.base_checksum == checksum(lm)
-    return config.base_fingerprint == fingerprint(lm)
+    """Tell whether a base has the weights that a config says it had; of configs before there were checksums, some.
+
+    Raises:
+        ValueError: weights that are sharded over ranks.
+    """
+    found = fingerprint(lm)
+    return config.base_fingerprint == found if config.base_checksum is None else config.base_checksum == checksum(lm)
 
 
 def is_same_base(one: SleepLMConfig, other: SleepLMConfig) -> bool:

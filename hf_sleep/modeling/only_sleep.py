@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..lm_config import SleepLMConfig
+from .plain import source_of
 from .pretrained import SleepPreTrainedModel
 
 # What an only-sleep checkpoint holds, by the beginning of its name: all that a retrofit adds to its base.
@@ -91,8 +92,8 @@ def base_of(config: SleepLMConfig, kwargs: dict) -> tuple[PreTrainedModel, dict]
         )
     asked = {key: kwargs[key] for key in (*BASE_KEYWORDS, *SHARED_KEYWORDS) if kwargs.get(key) is not None}
     found = dict(config.base_source or {})
-    if found.pop("of", None) == source:
-        asked |= found
+    if found.pop("of", None) == source_of(source):
+        asked = found | asked
     if kwargs.get("use_safetensors"):
         asked["use_safetensors"] = True
     if isinstance(asked.get("device_map"), dict):

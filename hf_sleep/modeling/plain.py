@@ -34,8 +34,9 @@ def plain_base(base: Any) -> PreTrainedModel:
 
 
 def source_of(name: str | None) -> str | None:
-    """Where a base came from: a folder by its whole path, which means the same from elsewhere, or a Hub id."""
-    return str(Path(name).absolute()) if name and Path(name).is_dir() else name or None
+    """Where a base came from: a Hub id, or a folder, by a name that no Hub id has, wherever it is looked for."""
+    is_here = name and Path(name).is_dir() and not Path(name).is_absolute() and not name.startswith((".", "~"))
+    return f"./{name}" if is_here else name or None
 
 
 def has_adapter(model: Any) -> bool:

@@ -16,6 +16,7 @@ from hf_sleep.data import GSMInfinite, Managers
 from hf_sleep.eval import Score, by_difficulty, lines_of, problems, table
 from hf_sleep.files import write_file
 from hf_sleep.hub import CardFacts
+from hf_sleep.modeling.plain import source_of
 from hf_sleep.training import (
     HardEvictionWarmup,
     NonFiniteGuard,
@@ -125,7 +126,7 @@ def load(options: Retrofit) -> SleepForCausalLM:
     if options.block_half_lives == [0, 0]:
         sleep["block_half_lives"] = None  # the kind's own
     model = AutoModelForSleepLM.from_pretrained(options.model, sleep=sleep, dtype="float32")
-    if not isinstance(AutoConfig.from_pretrained(options.model), SleepLMConfig):
+    if model.config.base_model_name_or_path == source_of(options.model):
         for block in model.fast_weights.values():
             block.init_weights(model.lm.config.initializer_range)  # from the seed: a retrofit's follow from its base
     if not options.whole_model:
