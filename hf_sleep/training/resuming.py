@@ -48,7 +48,9 @@ def weights_of(folder: str) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), whole)
     if not index.is_file():
         return {}
-    return {name: index.parent / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    return {
+        name: index.parent / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    }
 
 
 def other_names(model: SleepForCausalLM, names: Any) -> set[str]:
